@@ -1,0 +1,318 @@
+"""
+Text to packed shards of token ids: read documents, tokenise, split into train and validation, pack into rows.
+
+    python prepare_data.py --output_dir data/demo                                  # the Python standard library
+    python prepare_data.py --output_dir data/mine --train_file 'texts/*.txt'       # your own text
+    python prepare_data.py --output_dir data/fineweb-edu --dataset_name HuggingFaceFW/fineweb-edu \\
+        --dataset_config_name sample-10BT --tokenizer_name openai-community/gpt2 --block_size 1024
+
+With no source given it uses the embedded corpus: the standard library of the interpreter that runs it.
+"""
+
+import itertools
+import json
+import lzma
+import os
+import shutil
+import zlib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from pretraining.arguments import UserError, flag, parse_arguments, run_script
+from pretraining.corpus import (
+    Corpus,
+    embedded_corpus,
+    hub_corpus,
+    local_corpus,
+    split_documents,
+    tokenizer_fingerprint,
+    train_tokenizer,
+)
+from pretraining.data import FORMAT_VERSION, ShardWriter, read_data_folder
+
+DOCUMENTS_PER_BATCH = 256
+TOKENIZER_TRAINING_BYTES = 1 << 30  # more text does not change which pairs are frequent
+COMPRESSION_LIMIT_BYTES = 64 << 20  # xz -9 takes some 30 s for this much
+
+
+@dataclass
+class PrepareArguments:
+    output_dir: str = flag(None, "the data folder to write")
+    dataset_name: str = flag(None, "a dataset on the Hugging Face Hub")
+    dataset_config_name: str = flag(None, "its configuration, such as sample-10BT")
+    dataset_revision: str = flag(None, "the commit, tag or branch of it to read")
+    text_column: str = flag("text", "the column that holds the text")
+    train_file: str = flag(None, "files to read instead, as a glob: .txt (a document a file), .jsonl or .parquet")
+    validation_file: str = flag(None, "files for validation; else a part of the training text is kept back for it")
+    tokenizer_name: str = flag(None, "a tokenizer on the Hub or in a folder; else a byte-level BPE is trained here")
+    tokenizer_vocab_size: int = flag(4096, "size of the tokenizer that is trained here, in tokens")
+    block_size: int = flag(1024, "tokens in a row")
+    validation_split_percentage: int = flag(5, "percentage of the documents that is kept back for validation")
+    max_train_tokens: int = flag(None, "stop after so many tokens of training text")
+    num_proc: int = flag(None, "CPU cores to tokenise on; all of them if left out")
+    shard_tokens: int = flag(100_000_000, "tokens in a shard")
+    seed: int = flag(42, "decides which documents are for validation")
+
+    def problems(self) -> list[str]:
+        found = []
+        if not self.output_dir:
+            found.append("--output_dir is required: the data folder to write")
+        if self.dataset_name and self.train_file:
+            found.append("--dataset_name and --train_file are two sources: give one of them")
+        if self.validation_file and not self.train_file:
+            found.append("--validation_file needs --train_file")
+        if (self.dataset_config_name or self.dataset_revision) and not self.dataset_name:
+            found.append("--dataset_config_name and --dataset_revision need --dataset_name")
+        if not 1 <= self.validation_split_percentage <= 50:
+            found.append(f"--validation_split_percentage must be 1 to 50, got {self.validation_split_percentage}")
+        if self.tokenizer_vocab_size < 257:
+            found.append(f"--tokenizer_vocab_size must be at least 257 (all bytes), got {self.tokenizer_vocab_size}")
+        for name, least in (("block_size", 2), ("max_train_tokens", 1), ("num_proc", 1), ("shard_tokens", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                found.append(f"--{name} must be at least {least}, got {value}")
+        return found
+
+    def settings(self) -> dict:
+        """The flags that decide what the folder holds."""
+        return {key: value for key, value in asdict(self).items() if key not in ("output_dir", "num_proc")}
+
+
+def main() -> None:
+    args = parse_arguments(PrepareArguments, __doc__)
+    output_dir = Path(args.output_dir)
+    if args.num_proc:
+        os.environ["RAYON_NUM_THREADS"] = str(args.num_proc)  # read by tokenizers when it is first used
+
+    train_corpus, validation_corpus = read_sources(args)
+    source = {"train": train_corpus.description}
+    if validation_corpus:
+        source["validation"] = validation_corpus.description
+    if already_prepared(output_dir, args, source):
+        print(f"{output_dir} is already prepared from these settings; delete it to make it again")
+        return
+
+    def documents() -> Iterator[tuple[str, str]]:
+        if validation_corpus is None:
+            return split_documents(train_corpus, args.validation_split_percentage, args.seed)
+        train = (("train", document) for document in train_corpus)
+        return itertools.chain((("validation", document) for document in validation_corpus), train)
+
+    tokenizer = get_tokenizer(args, documents())
+    incomplete = output_dir.with_name(output_dir.name + ".incomplete")
+    shutil.rmtree(incomplete, ignore_errors=True)  # of a run that was stopped: this one starts over
+    incomplete.mkdir(parents=True)
+    try:
+        total = train_corpus.size and train_corpus.size + (validation_corpus.size if validation_corpus else 0)
+        splits = pack(documents(), tokenizer, incomplete, args, total)
+        tokenizer.save_pretrained(incomplete / "tokenizer")
+        info = {
+            "format_version": FORMAT_VERSION,
+            "source": source,
+            "tokenizer": {
+                "fingerprint": tokenizer_fingerprint(tokenizer),
+                "vocab_size": len(tokenizer),
+                "eos_token_id": tokenizer.eos_token_id,
+            },
+            "block_size": args.block_size,
+            "settings": args.settings(),
+            "splits": splits,
+        }
+        (incomplete / "dataset.json").write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
+        os.replace(incomplete, output_dir)
+    finally:
+        shutil.rmtree(incomplete, ignore_errors=True)
+    print(summary(output_dir, splits))
+
+
+def read_sources(args: PrepareArguments) -> tuple[Corpus, Corpus | None]:
+    """The text for training, and that for validation if it is given apart."""
+    if args.train_file:
+        train = local_corpus(args.train_file, args.text_column)
+        validation = local_corpus(args.validation_file, args.text_column) if args.validation_file else None
+        return train, validation
+    if args.dataset_name:
+        name, config, revision = args.dataset_name, args.dataset_config_name, args.dataset_revision
+        return hub_corpus(name, config, revision, args.text_column), None
+    return embedded_corpus(), None
+
+
+def already_prepared(output_dir: Path, args: PrepareArguments, source: dict) -> bool:
+    """
+    Whether `output_dir` holds just what is asked for.
+
+    Raises:
+        UserError: if it holds something else, which is never overwritten.
+    """
+    if not output_dir.exists() or (output_dir.is_dir() and not any(output_dir.iterdir())):
+        return False
+    if not (output_dir / "dataset.json").is_file():
+        raise UserError(f"--output_dir {output_dir} exists and is not a data folder: choose another")
+    info = read_data_folder(output_dir)
+    wanted = {**args.settings(), "source": source}
+    found = {**info["settings"], "source": info["source"]}
+    changed = [key for key in wanted if wanted[key] != found.get(key)]
+    if changed:
+        differences = "; ".join(f"{key} was {found.get(key)}, now {wanted[key]}" for key in changed)
+        raise UserError(f"{output_dir} holds other data: {differences}. Delete it or choose another --output_dir")
+    return True
+
+
+def get_tokenizer(args: PrepareArguments, documents: Iterator[tuple[str, str]]) -> PreTrainedTokenizerBase:
+    """The tokenizer that was named, or one trained on the training part of the text."""
+    if args.tokenizer_name:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_name)
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f"--tokenizer_name {args.tokenizer_name} cannot be loaded: {reason}") from None
+        if tokenizer.eos_token_id is None:
+            raise UserError(
+                f"--tokenizer_name {args.tokenizer_name} has no end-of-text token to put between documents"
+            )
+        return tokenizer
+
+    def training_text() -> Iterator[str]:
+        size = 0
+        with tqdm(desc="reading for the tokenizer", unit="B", unit_scale=True) as bar:
+            for split, document in documents:
+                if split == "train":
+                    yield document
+                    size += len(document)
+                    bar.update(len(document))
+                if size > TOKENIZER_TRAINING_BYTES:
+                    break
+
+    tokenizer = train_tokenizer(training_text(), args.tokenizer_vocab_size)
+    if len(tokenizer) == 257:
+        raise UserError("no text found: the corpus is empty, or too small to train a tokenizer on")
+    return tokenizer
+
+
+def pack(documents: Iterator[tuple[str, str]], tokenizer, folder: Path, args: PrepareArguments, total: int | None):
+    """
+    Tokenise and write both splits, reading the documents once.
+
+    Args:
+        documents: (split, text) pairs.
+        total: bytes of all documents, if known.
+
+    Returns:
+        `{"train": statistics, "validation": statistics}` for dataset.json.
+    """
+    backend = tokenizer.backend_tokenizer
+    backend.encode_special_tokens = True  # "<|endoftext|>" inside a text is text, not the end of the document
+    splits = {name: Split(name, tokenizer, folder, args) for name in ("train", "validation")}
+    with tqdm(desc="tokenising", unit="tok", unit_scale=True) as bar:
+        for batch in _batches(documents, DOCUMENTS_PER_BATCH):
+            encodings = backend.encode_batch_fast([text for _, text in batch], add_special_tokens=False)
+            for (name, text), encoding in zip(batch, encodings, strict=True):
+                splits[name].add(text, encoding.ids)
+                bar.update(len(encoding.ids) + 1)
+            read = sum(split.bytes for split in splits.values())
+            if total and read:
+                bar.total = int(bar.n * total / read)  # an estimate from the tokens per byte so far
+            if splits["train"].is_full:
+                break
+    backend.encode_special_tokens = False
+    return {name: split.close() for name, split in splits.items()}
+
+
+class Split:
+    """One split while it is written: its rows, its counts, and for validation what gzip and xz make of its text."""
+
+    def __init__(self, name: str, tokenizer, folder: Path, args: PrepareArguments):
+        self.name = name
+        self.writer = ShardWriter(folder / name, args.block_size, len(tokenizer), args.shard_tokens)
+        self.eos_token_id = tokenizer.eos_token_id
+        self.max_tokens = args.max_train_tokens if name == "train" else None
+        self.documents = self.tokens = self.bytes = 0
+        self.compressed = Compressed() if name == "validation" else None
+
+    @property
+    def is_full(self) -> bool:
+        return self.max_tokens is not None and self.tokens >= self.max_tokens
+
+    def add(self, text: str, token_ids: list[int]) -> None:
+        if self.is_full:
+            return
+        encoded = text.encode("utf-8", errors="replace")
+        self.writer.add([*token_ids, self.eos_token_id])
+        self.documents += 1
+        self.tokens += len(token_ids) + 1
+        self.bytes += len(encoded)
+        if self.compressed:
+            self.compressed.add(encoded)
+
+    def close(self) -> dict:
+        dropped = self.writer.close()
+        if self.writer.rows == 0:
+            raise UserError(
+                f"no text found: the {self.name} text is {self.tokens} tokens in {self.documents} documents, less "
+                f"than one row of --block_size {self.writer.block_size}"
+            )
+        statistics = {
+            "documents": self.documents,
+            "tokens": self.tokens,
+            "bytes": self.bytes,
+            "dropped_tokens": dropped,
+            "rows": self.writer.rows,
+            "shards": self.writer.shards,
+        }
+        if self.compressed:
+            statistics["compressed_bytes"] = self.compressed.sizes(self.bytes)
+        return statistics
+
+
+class Compressed:
+    """What `gzip -9` and `xz -9` need for a text: a yardstick for the model's bits per byte on the same text."""
+
+    def __init__(self):
+        self.compressors = {
+            "gzip -9": zlib.compressobj(9, zlib.DEFLATED, 31),  # 31: with gzip's header and checksum
+            "xz -9": lzma.LZMACompressor(preset=9),
+        }
+        self.written = dict.fromkeys(self.compressors, 0)
+        self.read = 0
+
+    def add(self, text: bytes) -> None:
+        self.read += len(text)
+        if self.read > COMPRESSION_LIMIT_BYTES:
+            return
+        for name, compressor in self.compressors.items():
+            self.written[name] += len(compressor.compress(text))
+
+    def sizes(self, total_bytes: int) -> dict[str, int] | None:
+        """Bytes by program, or None for a text beyond the limit, which would take minutes."""
+        if self.read > COMPRESSION_LIMIT_BYTES:
+            return None
+        return {name: self.written[name] + len(compressor.flush()) for name, compressor in self.compressors.items()}
+
+
+def summary(output_dir: Path, splits: dict) -> str:
+    lines = [f"wrote {output_dir}"]
+    for name, split in splits.items():
+        lines.append(
+            f"  {name:<10} {split['documents']:>9,} documents {split['bytes']:>14,} bytes "
+            f"{split['tokens']:>13,} tokens {split['rows']:>9,} rows ({split['dropped_tokens']} tokens dropped)"
+        )
+    validation = splits["validation"]
+    if validation["compressed_bytes"]:
+        sizes = validation["compressed_bytes"].items()
+        rates = ", ".join(f"{name} {8 * size / validation['bytes']:.2f}" for name, size in sizes)
+        lines.append(f"  bits per byte of the validation text: {rates}")
+    return "\n".join(lines)
+
+
+def _batches(documents: Iterator[tuple[str, str]], size: int) -> Iterator[list[tuple[str, str]]]:
+    documents = iter(documents)
+    while batch := list(itertools.islice(documents, size)):
+        yield batch
+
+
+if __name__ == "__main__":
+    run_script(main)

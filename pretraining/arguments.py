@@ -1,0 +1,166 @@
+"""Command lines and recipes: a dataclass of flags, filled from a YAML file and then from the command line."""
+
+import argparse
+import dataclasses
+import difflib
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import yaml
+from transformers import HfArgumentParser
+
+T = TypeVar("T")
+
+
+class UserError(ValueError):
+    """
+    Something that the person at the command line can put right. `run_script` prints its message, one line a problem,
+    without a traceback.
+    """
+
+    def __init__(self, *problems: str):
+        self.problems = problems
+        super().__init__("\n".join(problems))
+
+
+def flag(default, help: str, **kwargs):
+    """A dataclass field that becomes a `--flag` of the same name."""
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata={"help": help, **kwargs})
+    return dataclasses.field(default=default, metadata={"help": help, **kwargs})
+
+
+def parse_arguments(arguments_class: type[T], description: str, argv: list[str] | None = None) -> T:
+    """
+    Read `--config recipe.yaml` if there is one, then the command line, which wins.
+
+    Args:
+        arguments_class: a dataclass whose fields are the flags. If it has a method `problems() -> list[str]`, that is
+            asked about values that do not fit together.
+        argv: the command line, `sys.argv[1:]` if left out.
+
+    Raises:
+        UserError: with every problem found: unknown flags and recipe keys (with the nearest real name), values of the
+            wrong type, and what `problems` returned.
+    """
+    # allow_abbrev would turn a mistyped `--eval` silently into `--eval_steps`.
+    parser = HfArgumentParser(
+        arguments_class,
+        description=description,
+        allow_abbrev=False,
+        exit_on_error=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--config", metavar="FILE", help="a YAML recipe: flag names without the dashes, and values")
+    names = [field.name for field in dataclasses.fields(arguments_class)]
+    argv = list(sys.argv[1:] if argv is None else argv)
+
+    # argparse stops at the first value it cannot convert: note it, drop the flag, and look for more.
+    problems: list[str] = []
+    recipe_argv = _read_recipe(_option_value(argv, "--config"), names, problems)
+    pending = recipe_argv + argv
+    while True:
+        try:
+            namespace, unknown = parser.parse_known_args(pending)
+            break
+        except argparse.ArgumentError as error:
+            options = (error.argument_name or "").split("/")
+            problems.append(f"{options[0]}: {error.message}" if error.argument_name else error.message)
+            remaining = _without_option(pending, options)
+            if len(remaining) == len(pending):
+                raise UserError(*problems) from None
+            pending = remaining
+    problems += [_unknown_flag(word, names) for word in unknown if word.startswith("--")]
+    problems += [f"'{word}' is not a flag" for word in _stray_words(unknown)]
+
+    arguments = arguments_class(**{name: getattr(namespace, name) for name in names})
+    if hasattr(arguments, "problems"):
+        problems += arguments.problems()
+    if problems:
+        raise UserError(*problems)
+    return arguments
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Run a script's `main`; what the user can put right is printed as one line a problem, with exit status 2."""
+    try:
+        main()
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":  # all processes of a launch find the same problems: say them once
+            for problem in error.problems:
+                print(f"{Path(sys.argv[0]).name}: error: {problem}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def nearest(name: str, names: list[str]) -> str:
+    """ ", did you mean X?" if one of `names` is close to `name`, else nothing."""
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f", did you mean {close[0]}?" if close else ""
+
+
+def _read_recipe(path: str | None, names: list[str], problems: list[str]) -> list[str]:
+    """A recipe as the words of a command line, so that argparse converts and checks both in the same way."""
+    if path is None:
+        return []
+    try:
+        recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except OSError as error:
+        problems.append(f"--config {path}: {error.strerror}")
+        return []
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        problems.append(f"--config {path} is not valid YAML: {' '.join(str(error).split())}")
+        return []
+    if not isinstance(recipe, dict):
+        problems.append(f"--config {path} must hold 'name: value' lines, got a {type(recipe).__name__}")
+        return []
+    argv = []
+    for key, value in recipe.items():
+        if key not in names:
+            problems.append(f"{path}: unknown key '{key}'{nearest(str(key), names)}")
+        elif value is not None and value != []:
+            values = value if isinstance(value, list) else [value]
+            argv += [f"--{key}", *map(str, values)]
+    return argv
+
+
+def _option_value(argv: list[str], option: str) -> str | None:
+    """The last value given to `option`, as `--option value` or `--option=value`."""
+    value = None
+    for index, word in enumerate(argv):
+        if word == option and index + 1 < len(argv):
+            value = argv[index + 1]
+        elif word.startswith(option + "="):
+            value = word.removeprefix(option + "=")
+    return value
+
+
+def _without_option(argv: list[str], options: list[str]) -> list[str]:
+    """`argv` without any of `options` and the values that follow it."""
+    kept, dropping = [], False
+    for word in argv:
+        if word.startswith("--"):
+            dropping = word.split("=")[0] in options
+        if not dropping:
+            kept.append(word)
+    return kept
+
+
+def _unknown_flag(word: str, names: list[str]) -> str:
+    name = word.split("=")[0].removeprefix("--")
+    guess = nearest(name.replace("-", "_"), [*names, "config"])
+    return f"unknown flag --{name}{guess.replace('mean ', 'mean --')}"
+
+
+def _stray_words(unknown: list[str]) -> list[str]:
+    """Words that belong to no flag at all: the value behind an unknown flag is that flag's, not reported again."""
+    return [
+        word
+        for index, word in enumerate(unknown)
+        if not word.startswith("--") and (index == 0 or not unknown[index - 1].startswith("--"))
+    ]

@@ -1,0 +1,57 @@
+"""What the machine can do, and the one setting that a CPU run cannot do without."""
+
+import ctypes
+import platform
+
+import torch
+
+# Dense bf16 peak of one device with fp32 accumulation, in FLOP/s, from the vendors' data sheets. The first name that
+# occurs in the device's name counts.
+PEAK_FLOPS = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """bf16 peak of `device` in FLOP/s, or None if it is not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((flops for key, flops in PEAK_FLOPS.items() if key in name), None)
+
+
+def flops_per_token(num_parameters: int, n_layer: int, n_embd: int, sequence_length: int) -> int:
+    """
+    Floating-point operations of forward and backward for one token: 6 N for the weights and 6 L C T for causal
+    attention, which on average sees half of the T positions. The count that llm.c uses for its MFU.
+    """
+    return 6 * num_parameters + 6 * n_layer * n_embd * sequence_length
+
+
+def device_description(device: torch.device, num_processes: int) -> str:
+    """For the model card: `1 x NVIDIA H100 80GB HBM3`, or `1 process, CPU (x86_64, 2 threads)`."""
+    if device.type == "cuda":
+        return f"{num_processes} x {torch.cuda.get_device_name(device)}"
+    processes = "1 process" if num_processes == 1 else f"{num_processes} processes"
+    return f"{processes}, CPU ({platform.machine()}, {torch.get_num_threads()} threads each)"
+
+
+def keep_freed_memory() -> None:
+    """
+    Make glibc keep the large blocks that every training step on a CPU frees and asks for again. By default it hands
+    them back to the kernel, and the page faults on getting them again cost up to 60 % of a step.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return
+    m_trim_threshold, m_mmap_threshold = -1, -3  # <malloc.h>
+    libc = ctypes.CDLL(None)
+    libc.mallopt(m_mmap_threshold, 1 << 30)
+    libc.mallopt(m_trim_threshold, (1 << 31) - 1)

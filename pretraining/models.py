@@ -1,0 +1,107 @@
+"""The model a run starts from: its config from flags, its weights from scratch or from a checkpoint."""
+
+from dataclasses import fields
+
+import torch
+import yaml
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from modeling_gpt2scratch import GPT2ScratchConfig
+from pretraining.arguments import UserError, nearest
+
+
+def load_config(
+    model_name_or_path: str | None, config_name: str | None, overrides: str | None, vocab_size: int, eos_token_id: int
+) -> PreTrainedConfig:
+    """
+    The config to train with: that of the weights to start from, or else the named one (GPT-2 124M if none is) with
+    `overrides`. From scratch, the vocabulary and the end-of-text token are the tokenizer's unless overridden.
+
+    Raises:
+        UserError: for a name that cannot be loaded, an unknown override, or values that make no model.
+    """
+    source = model_name_or_path or config_name
+    try:
+        config = AutoConfig.from_pretrained(source) if source else GPT2ScratchConfig()
+    except (OSError, ValueError) as error:
+        raise UserError(f"{source} cannot be loaded: {str(error).strip().splitlines()[0]}") from None
+    if not isinstance(config, GPT2ScratchConfig):
+        raise UserError(f"{source} is a {config.model_type} model; this program trains {GPT2ScratchConfig.model_type}")
+    if model_name_or_path:
+        return config
+    changes = {"vocab_size": vocab_size, "bos_token_id": eos_token_id, "eos_token_id": eos_token_id}
+    changes |= parse_overrides(overrides or "")
+    if "n_embd" in changes:
+        changes.setdefault("n_inner", None)  # four times the new width, not the old one
+    try:
+        return GPT2ScratchConfig(**{**config.to_dict(), **changes})
+    except Exception as error:  # the strict dataclass wraps ours and its own in errors of several classes
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise UserError(f"--config_overrides {overrides}: {reason}") from None
+
+
+def parse_overrides(text: str) -> dict:
+    """
+    `n_layer=4,n_embd=256` to `{"n_layer": 4, "n_embd": 256}`.
+
+    Raises:
+        UserError: for what is not `name=value`, or a name that the config does not have.
+    """
+    names = [field.name for field in fields(GPT2ScratchConfig)]
+    overrides, problems = {}, []
+    for item in filter(None, text.split(",")):
+        key, separator, value = item.partition("=")
+        if not separator:
+            problems.append(f"--config_overrides: '{item}' is not name=value")
+        elif key not in names:
+            problems.append(f"--config_overrides: the config has no '{key}'{nearest(key, names)}")
+        else:
+            overrides[key] = yaml.safe_load(value)
+    if problems:
+        raise UserError(*problems)
+    return overrides
+
+
+def check_fit(config: PreTrainedConfig, vocab_size: int, data_block_size: int, block_size: int | None) -> None:
+    """
+    Args:
+        vocab_size: of the tokenizer that the data was made with.
+        block_size: what the user asked for, if anything.
+
+    Raises:
+        UserError: with everything in which data, tokenizer and model do not fit together.
+    """
+    problems = []
+    if block_size is not None and block_size != data_block_size:
+        problems.append(
+            f"--block_size {block_size}, but the rows of --data_dir have {data_block_size} tokens: prepare the data "
+            "again with that block size, or leave the flag out"
+        )
+    longest = max(data_block_size, block_size or 0)
+    if longest > config.n_positions:
+        problems.append(
+            f"--block_size {longest} is beyond the model's {config.n_positions} positions: "
+            f"--config_overrides n_positions={longest} makes room, or use shorter rows"
+        )
+    if vocab_size > config.vocab_size:
+        problems.append(
+            f"the tokenizer of --data_dir has {vocab_size} tokens, more than the model's vocabulary of "
+            f"{config.vocab_size} (vocab_size)"
+        )
+    if problems:
+        raise UserError(*problems)
+
+
+def build_model(
+    config: PreTrainedConfig, model_name_or_path: str | None, attn_implementation: str, gradient_checkpointing: bool
+) -> PreTrainedModel:
+    """The model in training mode, fp32: under bf16 autocast the weights and the optimizer's sums stay exact."""
+    if model_name_or_path:
+        model = AutoModelForCausalLM.from_pretrained(
+            model_name_or_path, attn_implementation=attn_implementation, dtype=torch.float32
+        )
+    else:
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation)
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    return model.train()

@@ -1,0 +1,153 @@
+"""The final model: a folder that loads with the Auto classes and a pipeline, with its code, tokenizer and card."""
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import ModelCard, ModelCardData
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+WEIGHTS = "model.safetensors"
+
+USAGE = """```python
+from transformers import pipeline
+
+generator = pipeline("text-generation", model="{name}", trust_remote_code=True)
+print(generator({prompt!r}, max_new_tokens=60)[0]["generated_text"])
+```"""
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """
+    What the model card tells, all of it from the run's own records.
+
+    Attributes:
+        name: what to pass to `from_pretrained`: the run folder, or a Hub id.
+        settings: the flags that decided the result.
+        dataset: dataset.json of the training data.
+        evaluation: the last evaluation, keys as in metrics.jsonl.
+        compression: bits per byte that general-purpose compressors need for the validation text.
+    """
+
+    name: str
+    parameters: int
+    tokens: int
+    steps: int
+    hours: float
+    hardware: str
+    mixed_precision: str
+    settings: dict
+    dataset: dict
+    evaluation: dict[str, float]
+    compression: dict[str, float]
+    prompt: str
+    samples: list[str]
+    versions: dict[str, str]
+
+
+def is_finished(output_dir: Path) -> bool:
+    return (output_dir / WEIGHTS).is_file()
+
+
+def export(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, record: RunRecord, output_dir: Path, state_dict: dict
+) -> None:
+    """
+    Write the final model into `output_dir`. The weights are put there last: where they are, the rest is whole.
+
+    Args:
+        state_dict: the full weights, gathered from all processes.
+    """
+    folder = output_dir / "final.incomplete"
+    shutil.rmtree(folder, ignore_errors=True)
+    n_positions = model.config.n_positions
+    # max_length: without it a pipeline asks for 256 new tokens after any prompt, more than there may be positions.
+    model.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.eos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id,
+        max_length=n_positions,
+    )
+    tokenizer.model_max_length = n_positions
+    # save_pretrained adds the class that is saved; the headless model has to be named by hand.
+    model.config.auto_map = {"AutoModel": "modeling_gpt2scratch.GPT2ScratchModel"}
+    model.save_pretrained(folder, state_dict=state_dict)
+    tokenizer.save_pretrained(folder)
+    model_card(record, model).save(folder / "README.md")
+    for path in sorted(folder.iterdir(), key=lambda path: path.name == WEIGHTS):
+        os.replace(path, output_dir / path.name)
+    folder.rmdir()
+
+
+def model_card(record: RunRecord, model: PreTrainedModel) -> ModelCard:
+    config, dataset = model.config, record.dataset
+    train, validation = dataset["splits"]["train"], dataset["splits"]["validation"]
+    source = dataset["source"]["train"]
+    card_data = ModelCardData(
+        language=None,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["gpt2", "gpt2scratch"],
+        model_name=Path(record.name).name,
+    )
+    sections = [
+        f"---\n{card_data}\n---",
+        f"# {Path(record.name).name}",
+        f"A GPT-2 of {record.parameters:,} parameters, trained from scratch with gpt2scratch on {source['name']}.",
+        USAGE.format(name=record.name, prompt=record.prompt),
+        "## Evaluation",
+        f"On the {validation['bytes']:,} bytes of validation text ({validation['documents']:,} documents, not trained "
+        "on):",
+        _table(("", "value"), _evaluation_rows(record)),
+        "![Training and validation loss](plots/loss.png)",
+        "## Model",
+        _table(
+            ("", "value"),
+            [
+                ("layers", config.n_layer),
+                ("width", config.n_embd),
+                ("heads", config.n_head),
+                ("positions", config.n_positions),
+                ("vocabulary", f"{config.vocab_size:,}"),
+                ("parameters", f"{record.parameters:,}"),
+            ],
+        ),
+        "## Training",
+        _table(
+            ("", "value"),
+            [
+                ("data", f"{source['name']}, revision {source['revision']}"),
+                ("training text", f"{train['documents']:,} documents, {train['bytes']:,} bytes"),
+                ("tokens seen", f"{record.tokens:,} ({record.tokens / train['tokens']:.2f} epochs)"),
+                ("steps", f"{record.steps:,}"),
+                ("hardware", record.hardware),
+                ("time", f"{record.hours * 60:.1f} minutes" if record.hours < 2 else f"{record.hours:.1f} hours"),
+                ("precision", record.mixed_precision),
+                *((f"`{key}`", value) for key, value in record.settings.items() if value is not None),
+            ],
+        ),
+        "## What it writes",
+        "\n\n".join(f"```text\n{sample}\n```" for sample in record.samples),
+        "## Limits",
+        "A language model repeats what its training text is like, errors and prejudices included. It has not been "
+        "tuned to follow instructions, and nothing it writes should be taken for a fact.",
+        "Made with " + ", ".join(f"{name} {version}" for name, version in record.versions.items()) + ".",
+    ]
+    return ModelCard("\n\n".join(sections) + "\n")
+
+
+def _evaluation_rows(record: RunRecord) -> list[tuple[str, str]]:
+    evaluation = record.evaluation
+    return [
+        ("loss, nats per token", f"{evaluation['eval_loss']:.4f}"),
+        ("perplexity per token", f"{evaluation['eval_perplexity']:.2f}"),
+        ("**bits per byte**", f"**{evaluation['eval_bits_per_byte']:.3f}**"),
+        *((f"bits per byte of `{name}`, for comparison", f"{rate:.3f}") for name, rate in record.compression.items()),
+    ]
+
+
+def _table(header: tuple, rows: list[tuple]) -> str:
+    lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
+    return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows])

@@ -1,0 +1,153 @@
+"""A run: its folder, its step and its clock, and what it needs to know to go on from a checkpoint."""
+
+import hashlib
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+from accelerate import Accelerator, PartialState
+from accelerate.utils import broadcast_object_list
+
+from pretraining import checkpoint, publish
+from pretraining.arguments import UserError
+
+TRAINING_ARGS = "training_args.yaml"
+
+
+@dataclass
+class Run:
+    """
+    Where a run stands.
+
+    Attributes:
+        tokens_per_step: of all processes together.
+        step: optimizer steps done.
+        elapsed_before: seconds that earlier starts of the program took.
+        flops_per_token: see `hardware.flops_per_token`.
+        peak_flops: of all devices together, or None if it is not known.
+    """
+
+    tokens_per_step: int
+    data_fingerprint: str
+    flops_per_token: int
+    peak_flops: float | None
+    step: int = 0
+    elapsed_before: float = 0.0
+
+    def __post_init__(self):
+        self._started = time.perf_counter()
+        self.restart_interval()
+
+    @property
+    def tokens(self) -> int:
+        return self.step * self.tokens_per_step
+
+    @property
+    def elapsed_seconds(self) -> float:
+        return self.elapsed_before + time.perf_counter() - self._started
+
+    def restart_interval(self) -> None:
+        """Time steps from here on: evaluations, samples and checkpoints are not training speed."""
+        self._interval_started, self._interval_step = time.perf_counter(), self.step
+
+    def speed(self) -> dict[str, float]:
+        """
+        Since the last call or `restart_interval`: tokens per second, seconds per step, and the model FLOPs
+        utilisation, `tokens_per_second * flops_per_token / peak_flops`, where the device's peak is known.
+        """
+        step_seconds = (time.perf_counter() - self._interval_started) / (self.step - self._interval_step)
+        tokens_per_second = self.tokens_per_step / step_seconds
+        self.restart_interval()
+        speed = {"tokens_per_second": round(tokens_per_second, 1), "step_seconds": round(step_seconds, 5)}
+        if self.peak_flops:
+            speed["mfu"] = round(tokens_per_second * self.flops_per_token / self.peak_flops, 4)
+        return speed
+
+    def position(self) -> dict:
+        """What a checkpoint saves of the loop. The rows' order is a pure function of the step: nothing of it here."""
+        return {
+            "step": self.step,
+            "tokens_per_step": self.tokens_per_step,
+            "data_fingerprint": self.data_fingerprint,
+            "elapsed_seconds": self.elapsed_seconds,
+        }
+
+    def resume(self, accelerator: Accelerator, folder: Path) -> None:
+        """
+        Go on from a checkpoint.
+
+        Raises:
+            UserError: if it is damaged, or was made with other data or another global batch.
+        """
+        position = checkpoint.load_checkpoint(accelerator, folder, self._refuse)
+        self.step, self.elapsed_before = position["step"], position["elapsed_seconds"]
+
+    def _refuse(self, position: dict) -> list[str]:
+        name, tokens = f"the checkpoint of step {position['step']}", position["tokens_per_step"]
+        problems = []
+        if position["data_fingerprint"] != self.data_fingerprint:
+            problems.append(f"{name} was trained on other data than --data_dir has now")
+        if tokens != self.tokens_per_step:
+            problems.append(
+                f"{name} was trained with {tokens} tokens per step, now it would be {self.tokens_per_step}: "
+                f"--tokens_per_step {tokens} keeps it"
+            )
+        return problems
+
+
+def data_fingerprint(info: dict) -> str:
+    """Of the training rows: the files' own sums, out of dataset.json."""
+    return hashlib.sha256(json.dumps(info["splits"]["train"]["shards"]).encode()).hexdigest()
+
+
+def open_run_folder(output_dir: Path, arguments: dict, settings: dict, state: PartialState) -> bool:
+    """
+    Make the run folder and write its training_args.yaml, or check that the run there is the one to go on with.
+
+    Args:
+        arguments: every flag.
+        settings: those that decide the result; they have to be the same for a run that goes on.
+
+    Returns:
+        Whether the run there is finished already.
+
+    Raises:
+        UserError: if the folder holds something else, or a run with other settings.
+    """
+    verdict: list = [None, None]
+    if state.is_main_process:
+        verdict = [_problems(output_dir, arguments, settings), publish.is_finished(output_dir)]
+        if not any(verdict):
+            output_dir.mkdir(parents=True, exist_ok=True)
+            _write_arguments(output_dir / TRAINING_ARGS, arguments)
+    problems, finished = broadcast_object_list(verdict)
+    if problems:
+        raise UserError(*problems)
+    return finished
+
+
+def _problems(output_dir: Path, arguments: dict, settings: dict) -> list[str]:
+    if output_dir.is_file():
+        return [f"--output_dir {output_dir} is a file"]
+    if not output_dir.exists() or not any(output_dir.iterdir()):
+        return []
+    if not (output_dir / TRAINING_ARGS).is_file():
+        return [f"--output_dir {output_dir} exists and is not a run folder: choose another"]
+    if arguments["resume_from_checkpoint"] == "none":
+        return [f"--output_dir {output_dir} holds a run already: delete it, or choose another, to start from step 0"]
+    before = yaml.safe_load((output_dir / TRAINING_ARGS).read_text(encoding="utf-8"))
+    return [
+        f"{output_dir} holds a run with --{key} {before.get(key)}, not {value}: choose another --output_dir"
+        for key, value in settings.items()
+        if before.get(key) != value
+    ]
+
+
+def _write_arguments(path: Path, arguments: dict) -> None:
+    given = {key: value for key, value in arguments.items() if value is not None}
+    temporary = path.with_suffix(".incomplete")
+    temporary.write_text(yaml.safe_dump(given, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    os.replace(temporary, path)

@@ -1,0 +1,82 @@
+"""Small real inputs, and the real commands to run on them."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may need the network
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+WORDS = [line.split()[0] for line in Path(__file__).read_text(encoding="utf-8").splitlines() if line.split()]
+
+
+def run(*command: object, cwd: Path = REPOSITORY, **environment: str) -> subprocess.CompletedProcess:
+    """Run a command to its end, with two threads and its output kept."""
+    variables = {**os.environ, "OMP_NUM_THREADS": "2", **environment}
+    return subprocess.run([str(word) for word in command], cwd=cwd, env=variables, capture_output=True, text=True)
+
+
+def script(name: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess:
+    """Run one of the repository's scripts in a process of its own."""
+    return run(sys.executable, REPOSITORY / name, *arguments, **environment)
+
+
+def launch(num_processes: int, name: str, *arguments: object) -> subprocess.CompletedProcess:
+    """Run a script through `accelerate launch` on the CPU, in fp32, so that results can be compared."""
+    accelerate = Path(sys.executable).with_name("accelerate")
+    config = REPOSITORY / "configs" / "cpu.yaml"
+    flags = ("--config_file", config, "--num_processes", num_processes, "--mixed_precision", "no")
+    return run(accelerate, "launch", *flags, REPOSITORY / name, *arguments, OMP_NUM_THREADS="1")
+
+
+def succeed(result: subprocess.CompletedProcess) -> subprocess.CompletedProcess:
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result
+
+
+def metrics(run_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def make_documents(number: int, seed: int = 0) -> list[str]:
+    """Python-like documents of 20 to 200 words, with some structure that a model can learn."""
+    generator = random.Random(seed)
+    documents = []
+    for _ in range(number):
+        lines = [
+            f"def {generator.choice(WORDS)}({generator.choice(WORDS)}):\n    return {generator.choice(WORDS)}\n"
+            for _ in range(generator.randrange(5, 50))
+        ]
+        documents.append("\n".join(lines))
+    return documents
+
+
+@pytest.fixture(scope="session")
+def corpus_file(tmp_path_factory) -> Path:
+    """120 documents as JSON lines."""
+    path = tmp_path_factory.mktemp("corpus") / "documents.jsonl"
+    path.write_text("".join(json.dumps({"text": document}) + "\n" for document in make_documents(120)))
+    return path
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory, corpus_file) -> Path:
+    """The corpus, packed into rows of 32 tokens of a 320-token vocabulary."""
+    folder = tmp_path_factory.mktemp("data") / "packed"
+    arguments = ("--train_file", corpus_file, "--tokenizer_vocab_size", 320, "--block_size", 32)
+    succeed(script("prepare_data.py", "--output_dir", folder, *arguments))
+    return folder
+
+
+TINY = "n_layer=2,n_embd=32,n_head=2,n_positions=32"
+
+
+def train(data_dir: Path, output_dir: Path, *arguments: object) -> subprocess.CompletedProcess:
+    """Train a tiny model; `arguments` win over the ones here."""
+    defaults = ("--config_overrides", TINY, "--per_device_train_batch_size", 4, "--logging_steps", 1)
+    return script("train_accelerate.py", "--data_dir", data_dir, "--output_dir", output_dir, *defaults, *arguments)

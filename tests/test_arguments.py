@@ -1,0 +1,75 @@
+"""Command lines and recipes: one meaning each, and every mistake named at once."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import pytest
+
+from pretraining.arguments import UserError, flag, parse_arguments
+
+
+@dataclass
+class Arguments:
+    max_steps: int = flag(10, "steps")
+    learning_rate: float = flag(1e-3, "rate")
+    optim: Literal["adamw", "muon"] = flag("adamw", "optimizer")
+    gradient_checkpointing: bool = flag(False, "recompute")
+    prompts: list[str] = flag([""], "texts", nargs="+")
+    data_dir: str = flag(None, "folder")
+
+    def problems(self) -> list[str]:
+        return ["--max_steps must be at least 1"] if self.max_steps < 1 else []
+
+
+def parse(*argv: str) -> Arguments:
+    return parse_arguments(Arguments, "a test", list(argv))
+
+
+def test_the_recipe_fills_in_and_the_command_line_wins(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "max_steps: 20\nlearning_rate: 6e-4\ngradient_checkpointing: true\nprompts: [a b, c]\ndata_dir:\n"
+    )
+    arguments = parse("--max_steps", "30", "--config", str(recipe))
+    # YAML reads 6e-4 as text: it has to become a number all the same.
+    assert (arguments.max_steps, arguments.learning_rate) == (30, 6e-4)
+    assert arguments.gradient_checkpointing is True
+    assert arguments.prompts == ["a b", "c"]
+    assert arguments.data_dir is None
+    assert parse().prompts == [""]
+
+
+def test_all_problems_are_reported_at_once_with_the_nearest_names(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("learning_rat: 1\noptim: sgd\n")
+    with pytest.raises(UserError) as error:
+        parse("--config", str(recipe), "--max_step", "5", "--learning_rate", "fast", "--max_steps", "0", "stray")
+    text = "\n".join(error.value.problems)
+    for expected in (
+        "unknown key 'learning_rat', did you mean learning_rate?",
+        "--optim: invalid choice: 'sgd'",
+        "unknown flag --max_step, did you mean --max_steps?",
+        "--learning_rate: invalid float value: 'fast'",
+        "--max_steps must be at least 1",
+        "'stray' is not a flag",
+    ):
+        assert expected in text
+    assert len(error.value.problems) == 6
+
+
+def test_a_flag_is_not_taken_for_another_that_begins_alike():
+    with pytest.raises(UserError, match="unknown flag --optimizer, did you mean --optim"):
+        parse("--optimizer", "muon")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "No such file"), ("a: [", "not valid YAML"), ("- a\n- b\n", "must hold 'name: value' lines")],
+)
+def test_a_recipe_that_cannot_be_read_is_named(content, message, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    if content is not None:
+        recipe.write_text(content)
+    with pytest.raises(UserError, match=message) as error:
+        parse("--config", str(recipe))
+    assert str(recipe) in str(error.value)

@@ -1,0 +1,268 @@
+"""Packed shards: nothing lost, nothing doubled, the same bytes every time; and the order in which rows are read."""
+
+import gzip
+import hashlib
+import json
+import lzma
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import REPOSITORY, make_documents, script, succeed
+from datasets import Dataset
+from transformers import AutoTokenizer
+
+from pretraining.arguments import UserError
+from pretraining.corpus import split_documents
+from pretraining.data import PackedDataset, RowOrder, ShardWriter
+
+
+def read_rows(data_dir, split) -> np.ndarray:
+    """All rows of a split in order, read with `datasets` rather than with our own reader."""
+    info = json.loads((data_dir / "dataset.json").read_text())
+    shards = [Dataset.from_file(str(data_dir / shard["file"])) for shard in info["splits"][split]["shards"]]
+    return np.concatenate([np.array(shard["input_ids"]) for shard in shards])
+
+
+def decoded_documents(data_dir, split) -> list[str]:
+    tokenizer = AutoTokenizer.from_pretrained(data_dir / "tokenizer")
+    ids = read_rows(data_dir, split).reshape(-1)
+    ends = np.flatnonzero(ids == tokenizer.eos_token_id)
+    starts = [0, *(ends + 1)]
+    return [tokenizer.decode(ids[start:end]) for start, end in zip(starts, [*ends, len(ids)], strict=True)]
+
+
+@pytest.fixture(scope="module")
+def texts() -> list[str]:
+    documents = make_documents(60, seed=1)
+    documents[7] = "a text about <|endoftext|>, which is only a word here"
+    documents[11] = "line ends\r\nare kept\r, and so are 日本語 and 🤗"
+    documents[20] = "".join(make_documents(40, seed=2))  # longer than several shards
+    return documents
+
+
+@pytest.fixture(scope="module")
+def text_folder(tmp_path_factory, texts):
+    folder = tmp_path_factory.mktemp("texts")
+    for index, text in enumerate(texts):
+        (folder / f"{index:03d}.txt").write_bytes(text.encode())
+    return folder
+
+
+def prepare(text_folder, output_dir, *arguments):
+    flags = ("--tokenizer_vocab_size", 400, "--block_size", 64, "--shard_tokens", 4000, *arguments)
+    return script("prepare_data.py", "--train_file", f"{text_folder}/*.txt", "--output_dir", output_dir, *flags)
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory, text_folder):
+    folder = tmp_path_factory.mktemp("packed") / "data"
+    succeed(prepare(text_folder, folder))
+    return folder
+
+
+def test_the_rows_decode_to_the_documents_in_order_less_the_counted_tail(packed, texts):
+    info = json.loads((packed / "dataset.json").read_text())
+    expected = {"train": [], "validation": []}
+    for split, text in split_documents(texts, percentage=5, seed=42):
+        expected[split].append(text)
+    assert sorted(expected["train"] + expected["validation"]) == sorted(texts)
+    assert len(info["splits"]["train"]["shards"]) > 3
+    for split, documents in expected.items():
+        statistics = info["splits"][split]
+        assert statistics["documents"] == len(documents)
+        assert statistics["bytes"] == sum(len(document.encode()) for document in documents)
+        assert statistics["tokens"] == statistics["rows"] * 64 + statistics["dropped_tokens"]
+        found = decoded_documents(packed, split)
+        assert found[:-1] == documents[: len(found) - 1]
+        assert documents[len(found) - 1].startswith(found[-1])
+        assert len(documents) - len(found) <= statistics["dropped_tokens"]
+
+
+def test_what_dataset_json_says_of_the_files_is_so(packed):
+    info = json.loads((packed / "dataset.json").read_text())
+    tokenizer = AutoTokenizer.from_pretrained(packed / "tokenizer")
+    assert (info["format_version"], info["block_size"]) == (1, 64)
+    assert info["tokenizer"]["vocab_size"] == len(tokenizer) == 400
+    listed = {shard["file"]: shard for split in info["splits"].values() for shard in split["shards"]}
+    assert set(listed) == {str(path.relative_to(packed)) for path in packed.glob("*/*.arrow")}
+    for name, shard in listed.items():
+        content = (packed / name).read_bytes()
+        assert (len(content), hashlib.sha256(content).hexdigest()) == (shard["bytes"], shard["sha256"])
+    features = Dataset.from_file(str(packed / "train/shard-00000.arrow")).features["input_ids"]
+    assert (features.feature.dtype, features.length) == ("uint16", 64)
+
+
+def test_compressed_sizes_are_those_of_gzip_and_xz(packed, texts):
+    text = "".join(text for split, text in split_documents(texts, percentage=5, seed=42) if split == "validation")
+    sizes = json.loads((packed / "dataset.json").read_text())["splits"]["validation"]["compressed_bytes"]
+    assert sizes["gzip -9"] == len(gzip.compress(text.encode(), compresslevel=9))
+    assert sizes["xz -9"] == len(lzma.compress(text.encode(), preset=9))
+
+
+def test_the_shards_are_byte_identical_for_any_num_proc(packed, text_folder, tmp_path):
+    succeed(prepare(text_folder, tmp_path / "again", "--num_proc", 1))
+    names = sorted(path.relative_to(packed) for path in packed.rglob("*") if path.is_file())
+    assert len(names) > 6
+    for name in names:
+        assert (packed / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name
+
+
+def test_preparing_again_does_nothing_and_other_settings_are_refused(packed, text_folder):
+    before = {path: path.stat().st_mtime_ns for path in packed.rglob("*")}
+    assert "already prepared" in succeed(prepare(text_folder, packed)).stdout
+    refused = prepare(text_folder, packed, "--seed", 7)
+    assert refused.returncode == 2
+    assert "seed was 42, now 7" in refused.stderr
+    assert before == {path: path.stat().st_mtime_ns for path in packed.rglob("*")}
+
+
+def test_a_run_that_is_killed_half_way_leaves_nothing_that_looks_whole_and_can_be_repeated(tmp_path):
+    (tmp_path / "book.txt").write_text("\n".join(make_documents(400, seed=3)) * 5)
+    command = [sys.executable, REPOSITORY / "prepare_data.py", "--output_dir", tmp_path / "data"]
+    command += ["--train_file", tmp_path / "book.txt", "--tokenizer_vocab_size", "300", "--block_size", "64"]
+    process = subprocess.Popen(list(map(str, command)), stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "data.incomplete").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "data").exists()
+    assert not (tmp_path / "data.incomplete" / "dataset.json").exists()
+    succeed(script(*["prepare_data.py", *command[2:]]))
+    assert (tmp_path / "data" / "dataset.json").exists()
+    assert not (tmp_path / "data.incomplete").exists()
+
+
+def test_one_document_is_cut_at_a_line_so_that_its_end_is_for_validation():
+    text = "".join(f"line {number}\n" for number in range(1000))
+    (_, train), (name, validation) = split_documents([text], percentage=10, seed=0)
+    assert name == "validation"
+    assert train + validation == text
+    assert train.endswith("\n")
+    assert len(validation) / len(text) == pytest.approx(0.1, abs=0.01)
+
+
+@pytest.mark.parametrize("percentage", [1, 3, 5, 50])
+def test_a_fixed_share_of_the_documents_is_for_validation_whatever_comes_after_them(percentage):
+    splits = [split for split, _ in split_documents(map(str, range(1000)), percentage, seed=42)]
+    assert splits.count("validation") == 10 * percentage
+    shorter = [split for split, _ in split_documents(map(str, range(500)), percentage, seed=42)]
+    assert shorter == splits[:500]
+    other_seed = [split for split, _ in split_documents(map(str, range(1000)), percentage, seed=43)]
+    assert other_seed != splits
+
+
+def test_a_given_validation_file_is_the_validation_text(text_folder, tmp_path):
+    held_out = tmp_path / "held_out.jsonl"
+    documents = make_documents(5, seed=9)
+    held_out.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
+    succeed(prepare(text_folder, tmp_path / "data", "--validation_file", held_out))
+    found = decoded_documents(tmp_path / "data", "validation")
+    assert found[:4] == documents[:4]
+    assert json.loads((tmp_path / "data/dataset.json").read_text())["splits"]["train"]["documents"] == 60
+
+
+def test_max_train_tokens_stops_the_reading(text_folder, tmp_path):
+    succeed(prepare(text_folder, tmp_path / "data", "--max_train_tokens", 3000))
+    train = json.loads((tmp_path / "data/dataset.json").read_text())["splits"]["train"]
+    assert 3000 <= train["tokens"] < 10_000 < 60 * 1000
+
+
+def test_rows_are_read_as_they_were_written_across_shards(packed):
+    dataset = PackedDataset(packed, "train")
+    rows = read_rows(packed, "train")
+    assert len(dataset) == len(rows)
+    indices = list(np.random.default_rng(0).permutation(len(rows)))
+    assert np.array_equal(dataset.__getitems__(indices).numpy(), rows[indices])
+    assert np.array_equal(dataset[0].numpy(), rows[0])
+
+
+def test_ids_beyond_65535_get_a_wider_type(tmp_path):
+    writer = ShardWriter(tmp_path / "train", block_size=2, vocab_size=70_000, shard_tokens=100)
+    writer.add([1, 69_999, 2, 3, 4])
+    assert writer.close() == 1
+    assert Dataset.from_file(str(tmp_path / "train/shard-00000.arrow"))["input_ids"][:] == [[1, 69_999], [2, 3]]
+
+
+def test_a_truncated_or_missing_shard_is_refused_by_name(packed, tmp_path):
+    shutil.copytree(packed, tmp_path / "data")
+    shard = tmp_path / "data/train/shard-00001.arrow"
+    shard.write_bytes(shard.read_bytes()[:-100])
+    with pytest.raises(UserError, match=r"shard-00001.arrow has \d+ bytes, dataset.json says \d+"):
+        PackedDataset(tmp_path / "data", "train")
+    shard.unlink()
+    with pytest.raises(UserError, match=r"shard-00001.arrow is missing"):
+        PackedDataset(tmp_path / "data", "train")
+
+
+@pytest.mark.parametrize(
+    ("processes", "accumulation", "batch"), [(1, 1, 8), (2, 1, 4), (1, 4, 2), (4, 2, 1), (2, 2, 2)]
+)
+def test_a_step_reads_the_same_rows_however_the_global_batch_is_split(processes, accumulation, batch):
+    orders = [RowOrder(50, batch, accumulation, processes, rank, seed=3) for rank in range(processes)]
+    reference = RowOrder(50, 8, seed=3)
+    for step in (0, 1, 6, 40, 3, 100):  # in any order: no step needs the ones before it
+        rows = [row for micro in range(accumulation) for order in orders for row in order.rows(step, micro)]
+        assert rows == reference.rows(step, 0)
+
+
+def test_every_epoch_is_a_new_permutation_and_any_step_can_be_the_first():
+    order = RowOrder(num_rows=48, batch_size=4, seed=1)
+    steps = iter(order)
+    epochs = [[row for _ in range(12) for row in next(steps)] for _ in range(3)]
+    assert all(sorted(epoch) == list(range(48)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+    assert next(iter(RowOrder(num_rows=48, batch_size=4, seed=1, first_step=25))) == epochs[2][4:8]
+    assert [row for _, row in zip(range(48), epochs[0], strict=True)] != list(range(48))
+    other_seed = iter(RowOrder(num_rows=48, batch_size=4, seed=2))
+    assert [row for _ in range(12) for row in next(other_seed)] != epochs[0]
+
+
+def test_the_embedded_corpus_is_the_standard_library_without_its_tests():
+    from pretraining.corpus import embedded_corpus
+
+    corpus = embedded_corpus()
+    documents = list(corpus)
+    assert corpus.description["revision"] == ".".join(map(str, sys.version_info[:3]))
+    for module in (json, lzma, subprocess):
+        assert Path(module.__file__).read_text(encoding="utf-8") in documents
+    assert Path(pytest.__file__).read_text(encoding="utf-8") not in documents
+    assert 5e6 < sum(map(len, documents)) <= corpus.size
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--train_file", "no/such/*.txt"], "no such file: no/such/*.txt"),
+        (["--train_file", "{tmp}/empty.txt"], "no text found"),
+        (["--train_file", "{tmp}/empty.txt", "--tokenizer_name", "{tmp}"], "--tokenizer_name {tmp} cannot be loaded"),
+        (
+            ["--train_file", "{tmp}/short.txt", "--tokenizer_vocab_size", "300"],
+            "less than one row of --block_size 1024",
+        ),
+        (["--block_sise", "64"], "unknown flag --block_sise, did you mean --block_size?"),
+        (["--block_size", "many"], "--block_size: invalid int value: 'many'"),
+        (["--train_file", "{tmp}/table.jsonl"], "--text_column text: no such column, the data has: body"),
+        (["--train_file", "{tmp}/*"], "give files of one kind"),
+    ],
+)
+def test_bad_input_is_one_clear_line_and_writes_nothing(arguments, message, tmp_path):
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "short.txt").write_text("too short for a row\n" * 3)
+    (tmp_path / "table.jsonl").write_text('{"body": "a text"}\n')
+    before = sorted(tmp_path.iterdir())
+    arguments = [argument.replace("{tmp}", str(tmp_path)) for argument in arguments]
+    result = script("prepare_data.py", "--output_dir", tmp_path / "data", *arguments)
+    assert result.returncode == 2
+    errors = [line for line in result.stderr.splitlines() if "error" in line]
+    assert len(errors) == 1, result.stderr
+    assert message.replace("{tmp}", str(tmp_path)) in errors[0]
+    assert "Traceback" not in result.stderr
+    assert sorted(tmp_path.iterdir()) == before

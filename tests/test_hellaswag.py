@@ -1,0 +1,344 @@
+"""HellaSwag: the same numbers as the two published protocols, whatever the batch size and the number of processes."""
+
+import json
+import os
+import random
+import re
+import statistics
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from eval_hellaswag import load_items, load_model, score_items, summarise
+from modeling_gpt2scratch import GPT2ScratchConfig, GPT2ScratchForCausalLM
+from pretraining.arguments import UserError
+from pretraining.corpus import train_tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+TEXT = Path(textwrap.__file__).read_text(encoding="utf-8")
+WINDOW = 96
+PROTOCOLS = ("completion", "lm_eval")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer([TEXT], vocab_size=400)
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    return random_model("gpt2scratch", len(tokenizer), n_positions=WINDOW)
+
+
+@pytest.fixture(scope="module")
+def items(tmp_path_factory):
+    return load_items(write_items(tmp_path_factory.mktemp("items") / "items.jsonl", generated_records(19)))
+
+
+def random_model(model_type: str, vocab_size: int, **kwargs):
+    """Two narrow layers, with weights large enough for the endings to differ by much more than rounding."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "initializer_range": 0.2}
+    tokens = {"bos_token_id": 0, "eos_token_id": 0}
+    config = AutoConfig.for_model(model_type, vocab_size=vocab_size, **shape, **tokens, **kwargs)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def generated_records(count: int) -> list[dict]:
+    """Items of very different lengths, in the original format, with the oddities that the real ones have."""
+    choose = random.Random(0)
+    words = sorted(set(re.findall("[A-Za-z]+", TEXT)))
+
+    def sentence(least: int, most: int) -> str:
+        return " ".join(choose.choices(words, k=choose.randint(least, most))) + "."
+
+    records = []
+    for number in range(count):
+        ctx_a, ctx_b = sentence(1, 12), choose.choice(["", "the Man", "then  she"])
+        endings = [sentence(1, 9) for _ in range(4)]
+        if number % 3 == 0:  # as those from WikiHow; the last one leaves a space at the end of the context
+            ctx_a = f"[header] How to {ctx_a} [title] {sentence(1, 3)} [step]"
+            endings = [f"{ending} [substeps] Café  {sentence(1, 3)}" for ending in endings]
+            ctx_b = ctx_b if number % 2 else ""
+        records.append(
+            {
+                "ind": 1000 - 7 * number,
+                "activity_label": sentence(1, 2)[:-1],
+                "ctx_a": ctx_a,
+                "ctx_b": ctx_b,
+                "ctx": f"{ctx_a} {ctx_b}".strip(),
+                "endings": endings,
+                "label": choose.randrange(4),
+                "source_id": "left out",
+            }
+        )
+    return records
+
+
+def write_items(path: Path, records: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
+def transcribed_score(model, tokenizer, item: dict, protocol: str) -> dict:
+    """The published formulas, one ending at a time, from all logits."""
+    sums, norms = [], []
+    for ending in item["endings"]:
+        if protocol == "completion":
+            context = tokenizer.encode(item["ctx"], add_special_tokens=False)
+            continuation = tokenizer.encode(" " + ending, add_special_tokens=False)
+        else:
+            context_text = item["activity_label"] + ": " + item["ctx_a"] + " " + item["ctx_b"].capitalize()
+            context_text, ending = without_marks(context_text), without_marks(ending)
+            continuation_text = " " + ending
+            while context_text.endswith(" "):
+                context_text, continuation_text = context_text[:-1], " " + continuation_text
+            context = tokenizer.encode(context_text, add_special_tokens=False)
+            whole = tokenizer.encode(context_text + continuation_text, add_special_tokens=False)
+            continuation = whole[len(context) :]
+        assert len(continuation) < WINDOW
+        tokens = torch.tensor([(context + continuation)[-(WINDOW + 1) :]])
+        with torch.no_grad():
+            log_probabilities = model(tokens[:, :-1]).logits[0].double().log_softmax(dim=-1)
+        scored = range(tokens.shape[1] - len(continuation), tokens.shape[1])
+        sums.append(sum(log_probabilities[at - 1, tokens[0, at]].item() for at in scored))
+        norms.append(sums[-1] / (len(continuation) if protocol == "completion" else len(ending)))
+    best = [max(range(4), key=values.__getitem__) for values in (sums, norms)]
+    return {"ind": item["ind"], "label": item["label"], "loglikelihoods": sums, "pred": best[0], "pred_norm": best[1]}
+
+
+def without_marks(text: str) -> str:
+    text = text.strip()
+    text = text.replace(" [title]", ". ")
+    text = re.sub("\\[.*?\\]", "", text)
+    return text.replace("  ", " ")
+
+
+def assert_same_scores(found: list[dict], expected: list[dict], tolerance: float = 1e-4) -> None:
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected, strict=True):
+        assert one["loglikelihoods"] == pytest.approx(other["loglikelihoods"], abs=tolerance)
+        assert {**one, "loglikelihoods": None} == {**other, "loglikelihoods": None}
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_scores_are_those_of_the_published_formulas(model, tokenizer, items, protocol):
+    expected = [transcribed_score(model, tokenizer, item, protocol) for item in items]
+    assert_same_scores(score_items(model, tokenizer, items, protocol, batch_size=4), expected)
+    assert any(score["pred"] != score["pred_norm"] for score in expected), "on these items the two rules should differ"
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_the_batch_size_changes_no_score(model, tokenizer, items, protocol):
+    one_by_one = score_items(model, tokenizer, items, protocol, batch_size=1)
+    for batch_size in (2, 5, 100):
+        assert_same_scores(score_items(model, tokenizer, items, protocol, batch_size), one_by_one)
+
+
+def test_a_text_too_long_for_the_model_loses_its_beginning(model, tokenizer, items):
+    def scores(ctx: str) -> list[float]:
+        return score_items(model, tokenizer, [{**items[1], "ctx": ctx}], "completion", 1)[0]["loglikelihoods"]
+
+    long = "In the beginning " + items[1]["ctx"] * 10
+    assert len(tokenizer.encode(long)) > 2 * WINDOW
+    assert scores(long) == scores("another one " + long)
+    assert scores(long) != scores(long + " and")
+    lengths = [len(tokenizer.encode(f"{item['ctx']} {ending}")) for item in items for ending in item["endings"]]
+    assert min(lengths) < WINDOW < max(lengths), "the other tests should see items of both kinds"
+
+
+def test_an_ending_longer_than_the_model_is_scored_as_far_as_it_fits(model, tokenizer, items):
+    endings = [TEXT[:600], *items[0]["endings"][1:]]
+    score = score_items(model, tokenizer, [{**items[0], "endings": endings}], "completion", 1)[0]
+    tokens = torch.tensor([tokenizer.encode(" " + TEXT[:600])[-(WINDOW + 1) :]])
+    with torch.no_grad():
+        logits = model(tokens[:, :-1]).logits[0]
+    expected = -torch.nn.functional.cross_entropy(logits, tokens[0, 1:], reduction="sum").item()
+    assert score["loglikelihoods"][0] == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "gemma2"])
+def test_any_causal_language_model_can_be_scored(model_type, tokenizer, items):
+    kwargs = {"gpt2": {"n_positions": WINDOW}, "gemma2": {"head_dim": 16, "num_key_value_heads": 2}}[model_type]
+    if model_type == "gemma2":  # caps its logits after the head
+        kwargs |= {"final_logit_softcapping": 1.0, "intermediate_size": 64, "max_position_embeddings": WINDOW}
+    model = random_model(model_type, len(tokenizer), **kwargs)
+    expected = [transcribed_score(model, tokenizer, item, "lm_eval") for item in items[:6]]
+    assert_same_scores(score_items(model, tokenizer, items[:6], "lm_eval", batch_size=3), expected)
+
+
+def test_only_the_logits_of_the_endings_are_computed(model, tokenizer, items):
+    shapes = []
+    hook = model.lm_head.register_forward_hook(lambda module, inputs, output: shapes.append(tuple(output.shape)))
+    score_items(model, tokenizer, items, "completion", batch_size=len(items))
+    hook.remove()
+    ending_tokens = sum(len(tokenizer.encode(" " + ending)) for item in items for ending in item["endings"])
+    assert shapes == [(ending_tokens, len(tokenizer))]
+
+
+def test_the_model_comes_back_as_it_was(model, tokenizer, items):
+    model.train()
+    score_items(model, tokenizer, items[:2], "completion", batch_size=2)
+    still_training = model.training
+    model.eval()
+    assert still_training
+    assert model(torch.zeros(1, 3, dtype=torch.long)).logits.shape == (1, 3, len(tokenizer))
+
+
+def test_a_model_that_gives_nan_has_no_accuracy(model, tokenizer, items):
+    broken = GPT2ScratchForCausalLM(model.config)
+    torch.nn.init.constant_(broken.model.norm.weight, float("nan"))
+    with pytest.raises(UserError, match=r"item \d+: the model's log-likelihoods are \[nan, "):
+        score_items(broken, tokenizer, items, "completion", batch_size=4)
+
+
+def test_a_tokenizer_of_another_model_is_refused(tokenizer, items):
+    small = GPT2ScratchForCausalLM(GPT2ScratchConfig(vocab_size=100, n_embd=8, n_layer=1, n_head=1))
+    with pytest.raises(UserError, match=r"the tokenizer gave token \d+, the model has only 100"):
+        score_items(small, tokenizer, items, "completion", batch_size=4)
+
+
+def test_standard_errors_are_those_of_a_sample_mean():
+    scores = [{"label": 0, "pred": int(n >= 3), "pred_norm": int(n >= 1)} for n in range(10)]
+    summary = summarise(scores, "completion")
+    assert list(summary) == ["protocol", "n", "acc", "acc_stderr", "acc_norm", "acc_norm_stderr"]
+    assert (summary["n"], summary["acc"], summary["acc_norm"]) == (10, 0.3, 0.1)
+    assert summary["acc_stderr"] == pytest.approx(statistics.stdev([1] * 3 + [0] * 7) / 10**0.5)
+    assert summary["acc_norm_stderr"] == pytest.approx(statistics.stdev([1] + [0] * 9) / 10**0.5)
+    assert summarise(scores[:1], "lm_eval")["acc_stderr"] is None
+
+
+def test_every_malformed_item_gives_one_line(tmp_path):
+    good = generated_records(1)[0]
+    wrong = {
+        "not valid JSON, Expecting property name enclosed in double quotes at character 2": "{nonsense",
+        "an item must be a JSON object, got [1, 2]": "[1, 2]",
+        "no ctx_b, label": {key: value for key, value in good.items() if key not in ("ctx_b", "label")},
+        "ctx_a must be a text, got None": {**good, "ctx_a": None},
+        "ctx must be a text that is not empty, got '  '": {**good, "ctx": "  "},
+        "endings must be a list of 4 texts, got ['a', 'b', 'c']": {**good, "endings": ["a", "b", "c"]},
+        "ending 2 must be a text that is not empty, got ''": {**good, "endings": ["a", "b", "", "d"]},
+        "ending 0 must be a text that is not empty, got 7": {**good, "endings": [7, "b", "c", "d"]},
+        "label must be 0, 1, 2 or 3, got 4": {**good, "label": 4},
+        "label must be 0, 1, 2 or 3, got ''": {**good, "label": ""},  # the Hub's test split
+    }
+    lines = [line if isinstance(line, str) else json.dumps(line) for line in wrong.values()]
+    path = tmp_path / "items.jsonl"
+    path.write_text("\n\n".join([json.dumps(good), *lines]) + "\n", encoding="utf-8")
+    with pytest.raises(UserError) as error:
+        load_items(path)
+    expected = [f"{path} line {number}: {message}" for number, message in zip(range(3, 99, 2), wrong, strict=False)]
+    assert list(error.value.problems) == expected
+    assert [item["ind"] for item in load_items(path, limit=1)] == [good["ind"]]
+
+
+def test_a_label_may_be_in_quotes_as_in_the_copy_on_the_hub(tmp_path):
+    records = [{**record, "label": label} for record, label in zip(generated_records(2), (3, "3"), strict=True)]
+    assert [item["label"] for item in load_items(write_items(tmp_path / "items.jsonl", records))] == [3, 3]
+
+
+def test_a_file_of_another_kind_gives_no_more_than_a_screen(tmp_path):
+    path = tmp_path / "items.jsonl"
+    path.write_text('{"text": "something else"}\n' * 500)
+    with pytest.raises(UserError) as error:
+        load_items(path)
+    assert len(error.value.problems) == 11
+    assert error.value.problems[-1] == f"{path}: 490 more items are malformed"
+
+
+@pytest.mark.parametrize("content, message", [(None, "No such file"), (b"\n", "no items"), (b"\xff", "utf-8")])
+def test_a_file_without_items_is_refused(tmp_path, content, message):
+    path = tmp_path / "items.jsonl"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        load_items(path)
+
+
+def test_what_is_not_a_model_is_refused_in_one_line(tmp_path, model, tokenizer):
+    tokenizer.save_pretrained(tmp_path)
+    assert "config.json" in refusal(tmp_path)
+
+    model.save_pretrained(tmp_path)
+    loaded, _ = load_model(str(tmp_path))
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
+
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"n_layer": 3}))
+    assert "lacks 16 weights, such as model.layers.2" in refusal(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"n_head": 3}))
+    assert "n_embd (32) must be a multiple of n_head (3)" in refusal(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes()[:5000])
+    assert "cannot be loaded" in refusal(tmp_path)
+    assert "is not a folder" in refusal(tmp_path / "missing")
+
+
+def refusal(path: Path) -> str:
+    with pytest.raises(UserError) as error:
+        load_model(str(path))
+    (problem,) = error.value.problems
+    assert str(path) in problem and "\n" not in problem
+    return problem
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory, model, tokenizer):
+    folder = tmp_path_factory.mktemp("model")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def run_script(tmp_path: Path, *words, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
+    # Always on the CPU, so that two processes do not need two devices, and without the user's accelerate settings.
+    offline = {"CUDA_VISIBLE_DEVICES": "", "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *launcher, "eval_hellaswag.py", *map(str, words)]
+    return subprocess.run(command, cwd=ROOT, env=os.environ | offline, capture_output=True, text=True, timeout=120)
+
+
+def test_one_and_two_processes_write_the_same_files(tmp_path, model_folder, items):
+    data_file = write_items(tmp_path / "items.jsonl", generated_records(19))
+    launchers = {
+        "one": (),
+        "two": ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--main_process_port=0"),
+    }
+    written = {}
+    for name, launcher in launchers.items():
+        output_file, predictions_file = tmp_path / name / "results.json", tmp_path / name / "items.jsonl"
+        source = ("--model_name_or_path", model_folder, "--data_file", data_file, "--limit", 17)
+        how = ("--protocol", "lm_eval", "--per_device_eval_batch_size", 3)
+        output = ("--output_file", output_file, "--predictions_file", predictions_file)
+        run = run_script(tmp_path, *source, *how, *output, launcher=launcher)
+        assert run.returncode == 0, run.stderr
+        assert run.stdout.count("acc_norm_stderr") == 1, "only one process prints"
+        assert sorted(path.name for path in output_file.parent.iterdir()) == ["items.jsonl", "results.json"]
+        lines = predictions_file.read_text().splitlines()
+        written[name] = json.loads(output_file.read_text()), [json.loads(line) for line in lines]
+
+    result, scores = written["one"]
+    assert list(result) == ["protocol", "n", "acc", "acc_stderr", "acc_norm", "acc_norm_stderr", "model"]
+    assert (result["protocol"], result["n"], result["model"]) == ("lm_eval", 17, str(model_folder))
+    assert result["acc"] == pytest.approx(sum(score["pred"] == score["label"] for score in scores) / 17)
+    assert [list(score) for score in scores] == [["ind", "label", "loglikelihoods", "pred", "pred_norm"]] * 17
+    assert [score["ind"] for score in scores] == [item["ind"] for item in items[:17]]
+    assert written["two"][0] == result
+    assert_same_scores(written["two"][1], scores)
+
+
+def test_mistakes_at_the_command_line_are_told_all_at_once(tmp_path):
+    words = ("--data_file", "x", "--dataset_name", "y", "--limit", 0, "--protocol", "other", "--output_file", tmp_path)
+    run = run_script(tmp_path, *words)
+    assert run.returncode == 2 and "Traceback" not in run.stderr
+    assert [line.split(": ")[2].split()[0] for line in run.stderr.splitlines()] == [
+        "--protocol",
+        "--model_name_or_path",
+        "--data_file",
+        "--limit",
+        "--output_file",
+    ]

@@ -1,0 +1,334 @@
+"""
+Train a GPT-2 on packed shards.
+
+    accelerate launch --config_file accelerate_config.yaml train_accelerate.py --config configs/demo.yaml
+    accelerate launch --config_file configs/cpu.yaml train_accelerate.py \\
+        --data_dir data/demo --output_dir runs/small --config_overrides n_layer=2,n_embd=128,n_head=2 --max_steps 200
+
+Running the same command again continues from the last checkpoint.
+"""
+
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import GradientAccumulationPlugin, set_seed
+from torch import nn
+from torch.optim import Optimizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from pretraining import checkpoint, hardware, publish
+from pretraining.arguments import UserError, flag, parse_arguments, run_script
+from pretraining.data import PackedDataset, RowOrder, training_batches
+from pretraining.evaluation import evaluate, write_samples
+from pretraining.models import build_model, check_fit, load_config
+from pretraining.optim import SCHEDULES, build_optimizers, learning_rate_factor, set_learning_rate
+from pretraining.run import Run, data_fingerprint, open_run_folder
+from pretraining.runlog import RunLog, plot_loss, read_metrics
+
+AT_LEAST_ONE = """block_size per_device_train_batch_size gradient_accumulation_steps tokens_per_step max_steps
+    logging_steps eval_steps eval_iters sample_steps save_steps save_total_limit"""
+NOT_NEGATIVE = "learning_rate weight_decay max_grad_norm warmup_steps seed dataloader_num_workers"
+# Flags that do not decide the result. The split of the global batch is among them: a checkpoint has its size.
+NEUTRAL = """output_dir data_dir per_device_train_batch_size gradient_accumulation_steps tokens_per_step
+    dataloader_num_workers logging_steps eval_steps eval_iters sample_steps sample_prompts save_steps save_total_limit
+    resume_from_checkpoint report_to"""
+
+
+@dataclass
+class TrainArguments:
+    output_dir: str = flag(None, "the run folder to write")
+    data_dir: str = flag(None, "a data folder made by prepare_data.py")
+    model_name_or_path: str = flag(None, "start from these weights: a folder or a model on the Hub")
+    config_name: str = flag(None, "start from scratch with this config: a folder or a model on the Hub")
+    config_overrides: str = flag(None, "changes to the default config (GPT-2 124M), as n_layer=4,n_embd=256")
+    block_size: int = flag(None, "tokens in a row; that of the data if left out")
+
+    per_device_train_batch_size: int = flag(8, "rows in a micro-batch of one process")
+    gradient_accumulation_steps: int = flag(None, "micro-batches of a process in an optimizer step; 1 if left out")
+    tokens_per_step: int = flag(None, "tokens of all processes in an optimizer step, instead of the accumulation")
+    max_steps: int = flag(1000, "optimizer steps")
+    learning_rate: float = flag(6e-4, "peak learning rate")
+    lr_scheduler_type: Literal[SCHEDULES] = flag("cosine_with_min_lr", "the learning rate's course")
+    warmup_steps: int = flag(0, "steps of linear warm-up to the peak")
+    optim: Literal["adamw", "muon"] = flag("adamw", "the optimizer")
+    weight_decay: float = flag(0.1, "decoupled weight decay, of matrices only")
+    max_grad_norm: float = flag(1.0, "the norm that gradients are clipped to")
+    seed: int = flag(42, "of the initial weights, the order of the rows and dropout")
+    attn_implementation: Literal["eager", "sdpa", "flex_attention", "flash_attention_2"] = flag("sdpa", "attention")
+    gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass, to save memory")
+    dataloader_num_workers: int = flag(0, "worker processes that read rows")
+
+    logging_steps: int = flag(10, "steps between training lines in the log")
+    eval_steps: int = flag(250, "steps between evaluations; there is always one after the last step")
+    eval_iters: int = flag(None, "batches of validation rows to evaluate on; all of them if left out")
+    sample_steps: int = flag(None, "steps between samples; only after the last step if left out")
+    sample_prompts: list[str] = flag([""], "what samples begin with; the empty prompt begins a document", nargs="+")
+    save_steps: int = flag(500, "steps between checkpoints")
+    save_total_limit: int = flag(2, "how many checkpoints to keep")
+    resume_from_checkpoint: str = flag("auto", "`auto` (continue if there is a checkpoint), a checkpoint, or `none`")
+    report_to: Literal["none", "tensorboard", "wandb", "trackio"] = flag("none", "the tracker to send metrics to")
+
+    def problems(self) -> list[str]:
+        found = [f"--{name} is required" for name in ("output_dir", "data_dir") if not getattr(self, name)]
+        if self.gradient_accumulation_steps and self.tokens_per_step:
+            found.append("--tokens_per_step works out --gradient_accumulation_steps: give one of them")
+        if self.model_name_or_path and (self.config_name or self.config_overrides):
+            found.append("--config_name and --config_overrides start from scratch: give them or --model_name_or_path")
+        for name in AT_LEAST_ONE.split():
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                found.append(f"--{name} must be at least 1, got {getattr(self, name)}")
+        for name in NOT_NEGATIVE.split():
+            if not getattr(self, name) >= 0:  # "not >=": NaN is refused too
+                found.append(f"--{name} must not be negative, got {getattr(self, name)}")
+        if self.warmup_steps > self.max_steps:
+            found.append(f"--warmup_steps {self.warmup_steps} is more than --max_steps {self.max_steps}")
+        if self.report_to != "none" and find_spec(self.report_to) is None:
+            found.append(f"--report_to {self.report_to}: the package is not installed, pip install {self.report_to}")
+        return found
+
+    def settings(self) -> dict:
+        """The flags that decide what the trained model is, wherever it is trained and however it is watched."""
+        return {key: value for key, value in asdict(self).items() if key not in NEUTRAL.split()}
+
+
+def main() -> None:
+    args = parse_arguments(TrainArguments, __doc__)
+    if not torch.cuda.is_available():
+        hardware.keep_freed_memory()
+    state = PartialState(cpu=not torch.cuda.is_available())
+    check_launch(state)
+
+    data_dir, output_dir = Path(args.data_dir), Path(args.output_dir)
+    train_data, validation_data = PackedDataset(data_dir, "train"), PackedDataset(data_dir, "validation")
+    tokenizer = AutoTokenizer.from_pretrained(data_dir / "tokenizer")
+    config = load_config(
+        args.model_name_or_path, args.config_name, args.config_overrides, len(tokenizer), tokenizer.eos_token_id
+    )
+    check_fit(config, len(tokenizer), train_data.block_size, args.block_size)
+    accumulation = accumulation_steps(args, train_data.block_size, state.num_processes)
+    last_checkpoint = checkpoint.checkpoint_to_resume(output_dir, args.resume_from_checkpoint)
+    if open_run_folder(output_dir, asdict(args), args.settings(), state):
+        state.print(f"{output_dir} holds a finished run; to train again, delete it or choose another --output_dir")
+        return
+
+    accelerator = Accelerator(
+        cpu=state.device.type == "cpu",
+        # Accelerate would end an accumulation early at the end of a data loader; the rows here have no end.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=accumulation, sync_with_dataloader=False),
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_dir=output_dir,
+    )
+    accelerator.init_trackers("gpt2scratch", config={key: str(value) for key, value in asdict(args).items()})
+    set_seed(args.seed)
+    model = build_model(config, args.model_name_or_path, args.attn_implementation, args.gradient_checkpointing)
+    num_parameters = model.num_parameters()
+    optimizers = build_optimizers(model, args.optim, args.learning_rate, args.weight_decay, accelerator.device)
+    model, *optimizers = accelerator.prepare(model, *optimizers)
+    set_seed(args.seed, device_specific=True)  # from here on each process has its own dropout
+    checkpoint.register_model_hooks(accelerator)
+
+    flops_per_token = hardware.flops_per_token(num_parameters, config.n_layer, config.n_embd, train_data.block_size)
+    peak_flops = hardware.peak_flops(accelerator.device)
+    run = Run(
+        tokens_per_step=tokens_per_micro_step(args, train_data.block_size, state.num_processes) * accumulation,
+        data_fingerprint=data_fingerprint(train_data.info),
+        flops_per_token=flops_per_token,
+        peak_flops=peak_flops and peak_flops * accelerator.num_processes,
+    )
+    if last_checkpoint:
+        run.resume(accelerator, last_checkpoint)
+        accelerator.print(f"continuing from {last_checkpoint}")
+    accelerator.print(
+        f"{num_parameters:,} parameters, {run.tokens_per_step:,} tokens per step, {args.max_steps:,} steps, "
+        f"{args.max_steps * run.tokens_per_step / train_data.statistics['tokens']:.2f} epochs of {data_dir}; "
+        f"{hardware.device_description(accelerator.device, accelerator.num_processes)}, {accelerator.mixed_precision}"
+    )
+    samples = train(args, run, accelerator, model, optimizers, train_data, validation_data, tokenizer)
+    finish(args, run, accelerator, model, tokenizer, validation_data, samples)
+
+
+def train(
+    args: TrainArguments,
+    run: Run,
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizers: list[Optimizer],
+    train_data: PackedDataset,
+    validation_data: PackedDataset,
+    tokenizer: PreTrainedTokenizerBase,
+) -> list[str]:
+    """Train from `run.step` to the last step. Returns the samples written after it."""
+    output_dir = Path(args.output_dir)
+    order = RowOrder(
+        num_rows=len(train_data),
+        batch_size=args.per_device_train_batch_size,
+        gradient_accumulation_steps=accelerator.gradient_accumulation_steps,
+        num_processes=accelerator.num_processes,
+        process_index=accelerator.process_index,
+        seed=args.seed,
+        first_step=run.step,
+    )
+    batches = iter(training_batches(train_data, order, args.dataloader_num_workers))
+    samples: list[str] = []
+    with RunLog(accelerator, output_dir, run.step, args.max_steps) as log:
+        run.restart_interval()
+        while run.step < args.max_steps:
+            factor = learning_rate_factor(run.step, args.lr_scheduler_type, args.warmup_steps, args.max_steps)
+            learning_rate = set_learning_rate(optimizers, factor)
+            loss, grad_norm = train_step(model, optimizers, batches, accelerator, args.max_grad_norm)
+            run.step += 1
+            is_last = run.step == args.max_steps
+            log.progress(run.step)
+
+            if run.step % args.logging_steps == 0 or run.step == 1 or is_last:
+                values = {
+                    "loss": accelerator.reduce(loss, "sum").item(),
+                    "learning_rate": learning_rate,
+                    "grad_norm": grad_norm.item(),
+                    **run.speed(),  # after .item(), which waits until the device has done the steps that are timed
+                }
+                log.metrics(run, values)
+                log.progress(run.step, loss=f"{values['loss']:.3f}", tokens_s=f"{values['tokens_per_second']:,.0f}")
+            if run.step % args.eval_steps == 0 or is_last:
+                batch_size = args.per_device_train_batch_size
+                values = evaluate(model, validation_data, accelerator, batch_size, args.eval_iters)
+                log.metrics(run, values)
+                log.write(f"step {run.step}: " + ", ".join(f"{key} {value:.4f}" for key, value in values.items()))
+                if accelerator.is_main_process:
+                    plot_loss(output_dir, validation_data.compression_rates, validation_data.bytes_per_token)
+                run.restart_interval()
+            if is_last or (args.sample_steps and run.step % args.sample_steps == 0):
+                if accelerator.is_main_process:
+                    unwrapped = accelerator.unwrap_model(model)
+                    samples = write_samples(unwrapped, tokenizer, args.sample_prompts, args.seed)
+                    for sample in samples:
+                        log.write(f"--- sample at step {run.step}\n{sample}\n---")
+                run.restart_interval()
+            if run.step % args.save_steps == 0 and not is_last:
+                checkpoint.save_checkpoint(accelerator, output_dir, run.position(), args.save_total_limit)
+                run.restart_interval()
+    return samples
+
+
+def train_step(
+    model: nn.Module,
+    optimizers: list[Optimizer],
+    batches: Iterator[torch.Tensor],
+    accelerator: Accelerator,
+    max_grad_norm: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    One optimizer step, over `accelerator.gradient_accumulation_steps` micro-batches.
+
+    The loss of a step is the mean over all its tokens, of all micro-batches of all processes, so that it does not
+    matter how a global batch is split. Accelerate divides by the accumulation and DDP by the processes, so both are
+    multiplied back.
+
+    Returns:
+        This process's share of the loss, in nats per token (the sum over the processes is the step's loss), and the
+        norm of the gradients before clipping. Both stay on the device: reading them would wait for it.
+    """
+    accumulation = accelerator.gradient_accumulation_steps
+    micro_batches = [next(batches).to(accelerator.device, non_blocking=True) for _ in range(accumulation)]
+    num_targets = sum(input_ids[:, 1:].numel() for input_ids in micro_batches) * accelerator.num_processes
+    total_loss = torch.zeros((), device=accelerator.device)
+    for input_ids in micro_batches:
+        with accelerator.accumulate(model):
+            loss = model(input_ids=input_ids, labels=input_ids, num_items_in_batch=num_targets, use_cache=False).loss
+            accelerator.backward(loss * accumulation * accelerator.num_processes)
+            total_loss += loss.detach()
+            if accelerator.sync_gradients:
+                grad_norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+    return total_loss, grad_norm
+
+
+def finish(
+    args: TrainArguments,
+    run: Run,
+    accelerator: Accelerator,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    validation_data: PackedDataset,
+    samples: list[str],
+) -> None:
+    """Write the final model and its card, and say how good it is."""
+    state_dict = accelerator.get_state_dict(model)  # on all processes: each may hold a part
+    if not accelerator.is_main_process:
+        return
+    unwrapped = accelerator.unwrap_model(model)
+    evaluation = [line for line in read_metrics(Path(args.output_dir)) if "eval_loss" in line][-1]
+    record = publish.RunRecord(
+        name=args.output_dir,
+        parameters=unwrapped.num_parameters(),
+        tokens=run.tokens,
+        steps=run.step,
+        hours=run.elapsed_seconds / 3600,
+        hardware=hardware.device_description(accelerator.device, accelerator.num_processes),
+        mixed_precision=accelerator.mixed_precision,
+        settings=args.settings(),
+        dataset=validation_data.info,
+        evaluation=evaluation,
+        compression=validation_data.compression_rates,
+        prompt=args.sample_prompts[0],
+        samples=samples,
+        versions={name: version(name) for name in ("torch", "transformers", "accelerate", "datasets", "tokenizers")},
+    )
+    publish.export(unwrapped, tokenizer, record, Path(args.output_dir), state_dict)
+    yardsticks = "".join(f", {name} {rate:.3f}" for name, rate in record.compression.items())
+    bits_per_byte = evaluation["eval_bits_per_byte"]
+    print(f"{args.output_dir}: {bits_per_byte:.3f} bits per byte of the validation text{yardsticks}")
+
+
+def check_launch(state: PartialState) -> None:
+    """
+    Raises:
+        UserError: if processes that were started together did not find each other. Each would train alone, and
+            overwrite what the others write.
+    """
+    expected = int(os.environ.get("WORLD_SIZE", 1))
+    if expected != state.num_processes:
+        raise UserError(f"started as one of {expected} processes, but found {state.num_processes}")
+    if "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
+        raise UserError(
+            "asked for several processes, but only one was started, as accelerate does where distributed_type is NO: "
+            "use --config_file configs/cpu.yaml, or add --multi_gpu (which serves CPUs too)"
+        )
+
+
+def tokens_per_micro_step(args: TrainArguments, block_size: int, num_processes: int) -> int:
+    """Tokens that all processes together have in one forward pass."""
+    return args.per_device_train_batch_size * block_size * num_processes
+
+
+def accumulation_steps(args: TrainArguments, block_size: int, num_processes: int) -> int:
+    """
+    Micro-batches in an optimizer step.
+
+    Raises:
+        UserError: if `--tokens_per_step` is not a multiple of what all processes have at once.
+    """
+    if not args.tokens_per_step:
+        return args.gradient_accumulation_steps or 1
+    unit = tokens_per_micro_step(args, block_size, num_processes)
+    steps, rest = divmod(args.tokens_per_step, unit)
+    if rest or not steps:
+        possible = " or ".join(str(unit * count) for count in (steps, steps + 1) if count)
+        raise UserError(
+            f"--tokens_per_step {args.tokens_per_step} is not a multiple of {unit} (block {block_size} x batch "
+            f"{args.per_device_train_batch_size} x {num_processes} processes); nearest: {possible}"
+        )
+    return steps
+
+
+if __name__ == "__main__":
+    run_script(main)
