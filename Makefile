@@ -7,9 +7,10 @@ PYTHON := .venv/bin/python
 ACCELERATE := .venv/bin/accelerate launch
 READY := .venv/.requirements-installed
 
-# With an NVIDIA GPU: bf16 on all of them. Without: the CPU, in bf16 where it has instructions for it.
+# With an NVIDIA GPU: bf16 on all of them. Without: the CPU, in bf16 where it has instructions for it. --cpu starts the
+# one process directly, without torch's elastic launcher, which has a page to say when it is stopped.
 LAUNCH = $(shell if nvidia-smi -L >/dev/null 2>&1; then echo --config_file accelerate_config.yaml; \
-	else echo --config_file configs/cpu.yaml \
+	else echo --config_file configs/cpu.yaml --cpu --quiet \
 		--num_cpu_threads_per_process $$($(PYTHON) -c 'import psutil; print(psutil.cpu_count(logical=False) or 1)'); \
 		grep -qsE 'avx512_bf16|amx_bf16' /proc/cpuinfo || echo --mixed_precision no; fi)
 

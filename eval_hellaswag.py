@@ -24,6 +24,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import modeling_gpt2scratch  # noqa: F401  registers the model type
 from pretraining.arguments import UserError, flag, parse_arguments, run_script
 
 Protocol = Literal["completion", "lm_eval"]
@@ -65,10 +74,6 @@ class HellaSwagArguments:
 def main() -> None:
     args = parse_arguments(HellaSwagArguments, __doc__)
 
-    # After the arguments: a mistyped flag should not wait for the heavy imports.
-    import torch
-    from accelerate import Accelerator
-
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if launched != accelerator.num_processes:
@@ -92,14 +97,18 @@ def main() -> None:
 
 
 def score_on_all_processes(
-    accelerator, model, tokenizer, items: list[dict], protocol: Protocol, batch_size: int, progress: bool = False
+    accelerator: Accelerator,
+    model,
+    tokenizer,
+    items: list[dict],
+    protocol: Protocol,
+    batch_size: int,
+    progress: bool = False,
 ) -> list[dict]:
     """
     `score_items` with the work shared out. Every process calls it with all items, and with the model as
     `accelerator.unwrap_model` gives it, and gets the scores of all items, in their order.
     """
-    from accelerate.utils import gather_object
-
     rank, num_processes = accelerator.process_index, accelerator.num_processes
     # Shares of one size, filled up with the last item: a sharded model's forward pass is an exchange between the
     # processes, which all have to call it equally often.
@@ -128,8 +137,6 @@ def score_items(
     Raises:
         UserError: for an item that the tokenizer or the model cannot handle.
     """
-    from tqdm import tqdm
-
     rows = [encode_item(model.config, tokenizer, item, protocol) for item in items]
     # Like lengths together need little padding; the longest first, so that memory runs out at once or never.
     order = sorted(range(len(items)), key=lambda index: -max(len(row.token_ids) for row in rows[index]))
@@ -211,8 +218,6 @@ def clean(text: str) -> str:
 
 def loglikelihoods(model, rows: list[Row]) -> list[float]:
     """The summed log-likelihood of each row's ending, in nats."""
-    import torch
-
     token_ids = [torch.tensor(row.token_ids) for row in rows]
     num_scored = [row.num_scored for row in rows]
     # Padding on the right needs no attention mask: no token sees what comes after it.
@@ -263,7 +268,7 @@ def load_items(path: str | Path, limit: int | None = None) -> list[dict]:
 
 def load_hub_items(args: HellaSwagArguments) -> list[dict]:
     """The validation split of a dataset on the Hub; the test split's labels were never published."""
-    from datasets import load_dataset
+    from datasets import load_dataset  # only here: items in a file need no datasets library
 
     name = args.dataset_name or HUB_DATASET
     try:
@@ -322,12 +327,6 @@ def to_item(record: str | dict) -> dict:
 
 def load_model(name_or_path: str) -> tuple:
     """A causal language model of any type, in eval mode, and its tokenizer."""
-    from huggingface_hub.errors import StrictDataclassError
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    import modeling_gpt2scratch  # noqa: F401  registers the model type
-
     try:
         options = {"trust_remote_code": False, "output_loading_info": True}
         model, report = AutoModelForCausalLM.from_pretrained(name_or_path, **options)

@@ -21,7 +21,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import GradientAccumulationPlugin, set_seed
 from torch import nn
 from torch.optim import Optimizer
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from pretraining import checkpoint, hardware, publish
 from pretraining.arguments import UserError, flag, parse_arguments, run_script
@@ -126,6 +126,23 @@ def main() -> None:
         project_dir=output_dir,
     )
     accelerator.init_trackers("gpt2scratch", config={key: str(value) for key, value in asdict(args).items()})
+    train(args, accelerator, config, tokenizer, train_data, validation_data, last_checkpoint)
+    # The model first, then the process group: destroyed with a DDP model still referring to it, gloo's threads and
+    # this one can wait for each other for ever.
+    accelerator.free_memory()
+    accelerator.end_training()
+
+
+def train(
+    args: TrainArguments,
+    accelerator: Accelerator,
+    config: PreTrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    train_data: PackedDataset,
+    validation_data: PackedDataset,
+    last_checkpoint: Path | None,
+) -> None:
+    """Build the model, train it from the first step or from a checkpoint to the last, and write it."""
     set_seed(args.seed)
     model = build_model(config, args.model_name_or_path, args.attn_implementation, args.gradient_checkpointing)
     num_parameters = model.num_parameters()
@@ -134,27 +151,28 @@ def main() -> None:
     set_seed(args.seed, device_specific=True)  # from here on each process has its own dropout
     checkpoint.register_model_hooks(accelerator)
 
-    flops_per_token = hardware.flops_per_token(num_parameters, config.n_layer, config.n_embd, train_data.block_size)
+    block_size, num_processes = train_data.block_size, accelerator.num_processes
     peak_flops = hardware.peak_flops(accelerator.device)
     run = Run(
-        tokens_per_step=tokens_per_micro_step(args, train_data.block_size, state.num_processes) * accumulation,
+        tokens_per_step=tokens_per_micro_step(args, block_size, num_processes)
+        * accelerator.gradient_accumulation_steps,
         data_fingerprint=data_fingerprint(train_data.info),
-        flops_per_token=flops_per_token,
-        peak_flops=peak_flops and peak_flops * accelerator.num_processes,
+        flops_per_token=hardware.flops_per_token(num_parameters, config.n_layer, config.n_embd, block_size),
+        peak_flops=peak_flops and peak_flops * num_processes,
     )
     if last_checkpoint:
         run.resume(accelerator, last_checkpoint)
         accelerator.print(f"continuing from {last_checkpoint}")
     accelerator.print(
         f"{num_parameters:,} parameters, {run.tokens_per_step:,} tokens per step, {args.max_steps:,} steps, "
-        f"{args.max_steps * run.tokens_per_step / train_data.statistics['tokens']:.2f} epochs of {data_dir}; "
-        f"{hardware.device_description(accelerator.device, accelerator.num_processes)}, {accelerator.mixed_precision}"
+        f"{args.max_steps * run.tokens_per_step / train_data.statistics['tokens']:.2f} epochs of {args.data_dir}; "
+        f"{hardware.device_description(accelerator.device, num_processes)}, {accelerator.mixed_precision}"
     )
-    samples = train(args, run, accelerator, model, optimizers, train_data, validation_data, tokenizer)
+    samples = training_loop(args, run, accelerator, model, optimizers, train_data, validation_data, tokenizer)
     finish(args, run, accelerator, model, tokenizer, validation_data, samples)
 
 
-def train(
+def training_loop(
     args: TrainArguments,
     run: Run,
     accelerator: Accelerator,

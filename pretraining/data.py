@@ -224,9 +224,7 @@ def read_data_folder(folder: Path) -> dict:
     """
     path = Path(folder) / "dataset.json"
     if not path.is_file():
-        raise UserError(
-            f"{folder} is not a prepared data folder, it has no dataset.json; make one with prepare_data.py"
-        )
+        raise UserError(f"{folder} is not a data folder, it has no dataset.json: make one with prepare_data.py")
     try:
         info = json.loads(path.read_text(encoding="utf-8"))
         version = info["format_version"]

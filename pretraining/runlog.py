@@ -37,7 +37,6 @@ class RunLog:
 
     def __exit__(self, *exception) -> None:
         self.bar.close()
-        self.accelerator.end_training()
 
     def metrics(self, run: Run, values: dict[str, float]) -> None:
         """Append a line to metrics.jsonl and send it to the tracker."""

@@ -12,13 +12,16 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may need the network
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-WORDS = [line.split()[0] for line in Path(__file__).read_text(encoding="utf-8").splitlines() if line.split()]
+WORDS = """apple bridge candle desert engine forest garden harbor island jacket kettle ladder meadow needle orchard
+    pencil quarry ribbon saddle timber umbrella valley window yellow zebra anchor basket copper dragon ember""".split()
 
 
 def run(*command: object, cwd: Path = REPOSITORY, **environment: str) -> subprocess.CompletedProcess:
     """Run a command to its end, with two threads and its output kept."""
     variables = {**os.environ, "OMP_NUM_THREADS": "2", **environment}
-    return subprocess.run([str(word) for word in command], cwd=cwd, env=variables, capture_output=True, text=True)
+    return subprocess.run(
+        [str(word) for word in command], cwd=cwd, env=variables, capture_output=True, text=True, timeout=300
+    )
 
 
 def script(name: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess:

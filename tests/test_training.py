@@ -1,0 +1,316 @@
+"""The loop and what it leaves behind: real processes, from the command line to a model that loads elsewhere."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import REPOSITORY, TINY, launch, make_documents, metrics, run, script, succeed, train
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import modeling_gpt2scratch  # noqa: F401  registers the model type
+from pretraining.data import PackedDataset, RowOrder
+from pretraining.optim import learning_rate_factor
+
+STEPS = 300
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory, data_dir):
+    """A short run with everything on: bf16, Muon, accumulation, evaluations, samples, checkpoints."""
+    output_dir = tmp_path_factory.mktemp("runs") / "small"
+    arguments = ("--max_steps", STEPS, "--optim", "muon", "--learning_rate", "0.01", "--warmup_steps", 5)
+    arguments += ("--gradient_accumulation_steps", 2, "--eval_steps", 100, "--save_steps", 100, "--sample_steps", 150)
+    arguments += ("--sample_prompts", "def ", "--report_to", "tensorboard")
+    environment = {"ACCELERATE_MIXED_PRECISION": "bf16"}
+    defaults = ("--config_overrides", TINY, "--per_device_train_batch_size", 4, "--logging_steps", 1)
+    flags = ("--data_dir", data_dir, "--output_dir", output_dir, *defaults, *arguments)
+    result = succeed(script("train_accelerate.py", *flags, **environment))
+    return output_dir, result
+
+
+def test_metrics_have_the_promised_keys_and_the_loss_falls(finished_run, data_dir):
+    lines = metrics(finished_run[0])
+    training = [line for line in lines if "loss" in line]
+    evaluation = [line for line in lines if "eval_loss" in line]
+    clock = {"step", "tokens", "elapsed_seconds"}
+    speed = {"tokens_per_second", "step_seconds"}
+    assert all(set(line) == clock | speed | {"loss", "learning_rate", "grad_norm"} for line in training)
+    assert all(set(line) == clock | {"eval_loss", "eval_perplexity", "eval_bits_per_byte"} for line in evaluation)
+    assert [line["step"] for line in training] == list(range(1, STEPS + 1))
+    assert [line["step"] for line in evaluation] == [100, 200, 300]
+    assert training[-1]["tokens"] == STEPS * 2 * 4 * 32
+    assert training[0]["loss"] == pytest.approx(math.log(320), rel=0.03)  # a fresh model knows nothing
+    assert evaluation[0]["eval_loss"] > evaluation[1]["eval_loss"] > evaluation[2]["eval_loss"]
+    assert evaluation[-1]["eval_loss"] < 0.5 * math.log(320)
+    validation = json.loads((data_dir / "dataset.json").read_text())["splits"]["validation"]
+    for line in evaluation:
+        bits = line["eval_loss"] / math.log(2) * validation["tokens"] / validation["bytes"]
+        assert line["eval_bits_per_byte"] == pytest.approx(bits)
+        assert line["eval_perplexity"] == pytest.approx(math.exp(line["eval_loss"]))
+
+
+def test_the_run_folder_holds_what_was_promised(finished_run):
+    output_dir, result = finished_run
+    files = {path.name for path in output_dir.iterdir()}
+    assert files >= {
+        *("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"),
+        *("modeling_gpt2scratch.py", "configuration_gpt2scratch.py", "README.md"),
+        *("training_args.yaml", "metrics.jsonl", "plots", "checkpoint-000100", "checkpoint-000200"),
+    }
+    assert not any("incomplete" in name for name in files)
+    assert (output_dir / "plots/loss.png").read_bytes().startswith(b"\x89PNG")
+    card = (output_dir / "README.md").read_text()
+    last = [line for line in metrics(output_dir) if "eval_loss" in line][-1]
+    for expected in (f"{last['eval_bits_per_byte']:.3f}", "`gzip -9`", "`xz -9`", "pipeline_tag: text-generation"):
+        assert expected in card
+    assert f"{last['eval_bits_per_byte']:.3f} bits per byte" in result.stdout
+    assert "gzip -9" in result.stdout
+    assert result.stdout.count("--- sample at step") == 2
+    assert list(output_dir.rglob("events.out.tfevents*"))
+    auto_map = json.loads((output_dir / "config.json").read_text())["auto_map"]
+    assert set(auto_map) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
+
+
+def test_a_pipeline_outside_the_repository_writes_text_and_the_cache_changes_nothing(finished_run, tmp_path):
+    program = f"""
+import importlib.util
+from transformers import AutoModelForCausalLM, pipeline
+assert importlib.util.find_spec("modeling_gpt2scratch") is None
+generator = pipeline("text-generation", model={str(finished_run[0])!r}, trust_remote_code=True)
+assert generator("def ")[0]["generated_text"].startswith("def ")  # all defaults: ends at the model's last position
+greedy = dict(do_sample=False, max_new_tokens=25)
+with_cache = generator("def ", **greedy)[0]["generated_text"]
+assert with_cache == generator("def ", use_cache=False, **greedy)[0]["generated_text"]
+print(with_cache)
+"""
+    environment = {"HF_HOME": str(tmp_path / "home"), "PYTHONPATH": ""}
+    text = succeed(run(sys.executable, "-c", program, cwd=tmp_path, **environment)).stdout
+    assert "return" in text  # it has learnt what the documents look like
+
+
+def test_training_args_are_a_recipe_for_the_same_run(finished_run, tmp_path):
+    output_dir = finished_run[0]
+    arguments = yaml.safe_load((output_dir / "training_args.yaml").read_text())
+    assert arguments["max_steps"] == STEPS and arguments["optim"] == "muon"
+    again = ("--config", output_dir / "training_args.yaml", "--output_dir", tmp_path / "again")
+    succeed(script("train_accelerate.py", *again, ACCELERATE_MIXED_PRECISION="bf16"))
+    first, second = load_file(output_dir / "model.safetensors"), load_file(tmp_path / "again/model.safetensors")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_finished_run_is_not_overwritten(finished_run, data_dir):
+    output_dir = finished_run[0]
+    before = (output_dir / "model.safetensors").stat().st_mtime_ns
+    flags = ("--config", output_dir / "training_args.yaml")
+    assert "finished run" in succeed(script("train_accelerate.py", *flags)).stdout
+    refused = script("train_accelerate.py", *flags, "--seed", 1)
+    assert refused.returncode == 2
+    assert "holds a run with --seed 42, not 1" in refused.stderr
+    assert (output_dir / "model.safetensors").stat().st_mtime_ns == before
+
+
+def key_biases(weights: dict[str, torch.Tensor]) -> set[str]:
+    """
+    Adding a constant to all keys changes no attention weight, so their biases' gradients are zero but for rounding,
+    which AdamW scales up to full steps: two exact programs differ in them, to no effect.
+    """
+    return {name for name in weights if name.endswith("k_proj.bias")}
+
+
+def test_the_loop_is_a_plain_loop_over_the_same_rows(finished_run, data_dir, tmp_path):
+    """Against torch alone: no accelerate, and an accumulation that is one big batch."""
+    start = finished_run[0]
+    flags = ("--model_name_or_path", start, "--max_steps", 8, "--learning_rate", 1e-3, "--warmup_steps", 2)
+    arguments = (*flags, "--gradient_accumulation_steps", 3, "--per_device_train_batch_size", 4, "--logging_steps", 1)
+    succeed(script("train_accelerate.py", "--data_dir", data_dir, "--output_dir", tmp_path / "run", *arguments))
+
+    model = AutoModelForCausalLM.from_pretrained(start)
+    rows = PackedDataset(data_dir, "train")
+    order = iter(RowOrder(len(rows), batch_size=12, seed=42))
+    matrices = [parameter for parameter in model.parameters() if parameter.ndim == 2]
+    vectors = [parameter for parameter in model.parameters() if parameter.ndim == 1]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), fused=False)
+    for step, line in zip(range(8), metrics(tmp_path / "run"), strict=False):
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3 * learning_rate_factor(step, "cosine_with_min_lr", 2, 8)
+        input_ids = rows.__getitems__(next(order))
+        logits = model(input_ids).logits[:, :-1]
+        loss = torch.nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), input_ids[:, 1:].reshape(-1))
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        assert line["loss"] == pytest.approx(loss.item(), rel=1e-5)
+        assert line["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+    trained = load_file(tmp_path / "run/model.safetensors")
+    for name in trained.keys() - key_biases(trained):
+        torch.testing.assert_close(trained[name], model.state_dict()[name], rtol=0, atol=1e-5)
+
+
+def test_two_processes_train_and_evaluate_as_one_does(data_dir, tmp_path):
+    common = ("--data_dir", data_dir, "--config_overrides", TINY, "--tokens_per_step", 512, "--logging_steps", 1)
+    common += ("--max_steps", 10, "--eval_steps", 5, "--learning_rate", "0.01", "--save_steps", 5)
+    runs = {}
+    for processes, batch in ((1, 16), (2, 4)):
+        runs[processes] = tmp_path / f"on-{processes}"
+        flags = (*common, "--output_dir", runs[processes], "--per_device_train_batch_size", batch)
+        succeed(launch(processes, "train_accelerate.py", *flags))
+    one, two = metrics(runs[1]), metrics(runs[2])
+    assert len(one) == 12
+    for alone, together in zip(one, two, strict=True):
+        for key in alone.keys() & {"step", "tokens", "loss", "grad_norm", "eval_loss"}:
+            assert together[key] == pytest.approx(alone[key], rel=2e-5), (key, alone, together)
+    weights = [load_file(runs[processes] / "model.safetensors") for processes in (1, 2)]
+    for name in weights[0].keys() - key_biases(weights[0]):
+        torch.testing.assert_close(weights[0][name], weights[1][name], rtol=0, atol=2e-5)
+    names = [{path.name for path in (runs[n] / "checkpoint-000005").iterdir()} for n in (1, 2)]
+    assert names[1] - names[0] == {"random_states_1.pkl"}
+    load_file(runs[2] / "checkpoint-000005/model.safetensors")["model.norm.weight"]  # no name of the DDP wrapper
+
+
+def test_the_evaluation_is_the_mean_over_every_row_counted_once(finished_run, data_dir):
+    model = AutoModelForCausalLM.from_pretrained(finished_run[0]).eval()
+    rows = PackedDataset(data_dir, "validation")
+    assert len(rows) % 4 != 0  # a last batch that is not full
+    losses = []
+    with torch.no_grad():
+        for index in range(len(rows)):
+            log_probabilities = model(rows[index][None]).logits[0, :-1].log_softmax(-1)
+            losses += (-log_probabilities.gather(-1, rows[index][1:, None])).flatten().tolist()
+    last = [line for line in metrics(finished_run[0]) if "eval_loss" in line][-1]
+    assert last["eval_loss"] == pytest.approx(np.mean(losses), rel=3e-3)  # the run's was in bf16
+
+
+def test_a_killed_run_continues_to_the_same_weights_bit_for_bit(data_dir, tmp_path):
+    overrides = TINY + ",resid_pdrop=0.1,embd_pdrop=0.1,attn_pdrop=0.1"
+    arguments = (
+        "--config_overrides",
+        overrides,
+        "--max_steps",
+        30,
+        "--optim",
+        "muon",
+        "--gradient_accumulation_steps",
+        2,
+    )
+    arguments += ("--save_steps", 10, "--eval_steps", 10, "--learning_rate", "0.01")
+    succeed(train(data_dir, tmp_path / "whole", *arguments))
+
+    flags = ("--data_dir", data_dir, "--output_dir", tmp_path / "killed", "--per_device_train_batch_size", 4)
+    command = [sys.executable, REPOSITORY / "train_accelerate.py", *flags, "--logging_steps", 1, *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+    process = subprocess.Popen(list(map(str, command)), env=environment, stderr=subprocess.DEVNULL)
+    log = tmp_path / "killed/metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (log.exists() and '"step": 15,' in log.read_text()):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed/model.safetensors").exists()
+
+    result = succeed(train(data_dir, tmp_path / "killed", *arguments))
+    assert "continuing from" in result.stdout
+    whole, continued = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "killed"))
+    assert all(torch.equal(whole[name], continued[name]) for name in whole)
+    timeless = [
+        [{key: line[key] for key in line if "second" not in key} for line in metrics(tmp_path / name)]
+        for name in ("whole", "killed")
+    ]
+    assert timeless[0] == timeless[1]
+
+
+def test_a_damaged_checkpoint_is_refused_by_name(finished_run, data_dir, tmp_path):
+    output_dir = tmp_path / "run"
+    shutil.copytree(finished_run[0], output_dir)
+    (output_dir / "model.safetensors").unlink()  # as if it had been killed before the end
+    optimizer = output_dir / "checkpoint-000200/optimizer.bin"
+    content = bytearray(optimizer.read_bytes())
+    content[len(content) // 2] ^= 1
+    optimizer.write_bytes(content)
+    flags = ("--config", output_dir / "training_args.yaml", "--output_dir", output_dir)
+    result = script("train_accelerate.py", *flags)
+    assert result.returncode == 2
+    assert "checkpoint-000200/optimizer.bin is damaged" in result.stderr
+
+
+def test_a_checkpoint_of_another_global_batch_or_of_other_data_is_refused(finished_run, data_dir, tmp_path):
+    output_dir = tmp_path / "run"
+    shutil.copytree(finished_run[0], output_dir)
+    (output_dir / "model.safetensors").unlink()
+    flags = ("--config", output_dir / "training_args.yaml", "--output_dir", output_dir)
+    result = script("train_accelerate.py", *flags, "--gradient_accumulation_steps", 4)
+    assert result.returncode == 2
+    assert "was trained with 256 tokens per step, now it would be 512: --tokens_per_step 256" in result.stderr
+
+    other_text = tmp_path / "other.jsonl"
+    other_text.write_text("".join(json.dumps({"text": text}) + "\n" for text in make_documents(100, seed=5)))
+    prepare = ("--train_file", other_text, "--tokenizer_vocab_size", 320, "--block_size", 32)
+    succeed(script("prepare_data.py", "--output_dir", tmp_path / "other", *prepare))
+    result = script("train_accelerate.py", *flags, "--data_dir", tmp_path / "other")
+    assert result.returncode == 2
+    assert "was trained on other data" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "messages"),
+    [
+        (["--max_step", "5"], ["unknown flag --max_step, did you mean --max_steps?"]),
+        (["--config", "{tmp}/recipe.yaml"], ["recipe.yaml: unknown key 'learning_rat', did you mean learning_rate?"]),
+        (["--data_dir", "{tmp}/nowhere"], ["nowhere is not a data folder, it has no dataset.json"]),
+        (
+            ["--block_size", "64"],
+            ["the rows of --data_dir have 32 tokens", "--block_size 64 is beyond the model's 32 positions"],
+        ),
+        (["--config_overrides", "n_positions=16"], ["--block_size 32 is beyond the model's 16 positions"]),
+        (
+            ["--config_overrides", "n_positions=32,vocab_size=300"],
+            ["the tokenizer of --data_dir has 320 tokens, more than the model's vocabulary of 300"],
+        ),
+        (["--config_overrides", "n_layers=2"], ["the config has no 'n_layers', did you mean n_layer?"]),
+        (["--config_overrides", "n_embd=33,n_head=2"], ["n_embd (33) must be a multiple of n_head (2)"]),
+        (
+            ["--tokens_per_step", "300"],
+            ["300 is not a multiple of 128 (block 32 x batch 4 x 1 processes); nearest: 256 or 384"],
+        ),
+        (["--optim", "sgd", "--max_steps", "0"], ["--optim: invalid choice: 'sgd'", "--max_steps must be at least 1"]),
+        (["--model_name_or_path", "{tmp}", "--config_overrides", ""], ["{tmp} cannot be loaded"]),
+        (["--resume_from_checkpoint", "{tmp}/checkpoint-000001"], ["checkpoint-000001: no such folder"]),
+        (["--output_dir", "{tmp}"], ["exists and is not a run folder"]),
+    ],
+)
+def test_bad_input_is_named_in_one_line_each_and_writes_nothing(arguments, messages, data_dir, tmp_path):
+    (tmp_path / "recipe.yaml").write_text("learning_rat: 0.1\n")
+    before = sorted(tmp_path.iterdir())
+    arguments = [argument.replace("{tmp}", str(tmp_path)) for argument in arguments]
+    result = train(data_dir, tmp_path / "run", *arguments)
+    assert result.returncode == 2, result.stderr
+    errors = result.stderr.splitlines()
+    assert len(errors) == len(messages), result.stderr
+    for message in messages:
+        assert any(message.replace("{tmp}", str(tmp_path)) in error for error in errors), result.stderr
+    assert all(error.startswith("train_accelerate.py: error: ") for error in errors)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_processes_that_were_not_started_are_an_error(data_dir, tmp_path):
+    """`--num_processes 2` with distributed_type NO makes accelerate start one process, without a word."""
+    accelerate = os.path.join(os.path.dirname(sys.executable), "accelerate")
+    config = tmp_path / "no.yaml"
+    config.write_text("distributed_type: 'NO'\nuse_cpu: true\nnum_processes: 2\nmixed_precision: 'no'\n")
+    flags = ("--data_dir", data_dir, "--output_dir", tmp_path / "run")
+    result = run(accelerate, "launch", "--quiet", "--config_file", config, REPOSITORY / "train_accelerate.py", *flags)
+    assert result.returncode != 0
+    assert "only one was started" in result.stderr
+    assert not (tmp_path / "run").exists()
