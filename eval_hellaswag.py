@@ -34,6 +34,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import modeling_gpt2scratch  # noqa: F401  registers the model type
 from pretraining.arguments import UserError, flag, parse_arguments, run_script
+from pretraining.files import write_text
 
 Protocol = Literal["completion", "lm_eval"]
 
@@ -90,9 +91,9 @@ def main() -> None:
         result = json.dumps({**summarise(scores, args.protocol), "model": args.model_name_or_path}, indent=2)
         print(result)
         if args.output_file:
-            write_file(Path(args.output_file), result + "\n")
+            write_text(Path(args.output_file), result + "\n")
         if args.predictions_file:
-            write_file(Path(args.predictions_file), "".join(json.dumps(score) + "\n" for score in scores))
+            write_text(Path(args.predictions_file), "".join(json.dumps(score) + "\n" for score in scores))
     accelerator.end_training()
 
 
@@ -341,14 +342,6 @@ def load_model(name_or_path: str) -> tuple:
 
 def one_line(error: Exception) -> str:
     return textwrap.shorten(str(error) or repr(error), width=300)
-
-
-def write_file(path: Path, text: str) -> None:
-    """Write a file that is never seen half-written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 if __name__ == "__main__":

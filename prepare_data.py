@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tqdm import tqdm
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from pretraining.arguments import UserError, flag, parse_arguments, run_script
 from pretraining.corpus import (
@@ -29,10 +29,10 @@ from pretraining.corpus import (
     hub_corpus,
     local_corpus,
     split_documents,
-    tokenizer_fingerprint,
-    train_tokenizer,
 )
 from pretraining.data import FORMAT_VERSION, ShardWriter, read_data_folder
+from pretraining.files import INCOMPLETE
+from pretraining.tokenizer import SMALLEST_VOCABULARY, load_tokenizer, tokenizer_fingerprint, train_tokenizer
 
 DOCUMENTS_PER_BATCH = 256
 TOKENIZER_TRAINING_BYTES = 1 << 30  # more text does not change which pairs are frequent
@@ -69,8 +69,9 @@ class PrepareArguments:
             found.append("--dataset_config_name and --dataset_revision need --dataset_name")
         if not 1 <= self.validation_split_percentage <= 50:
             found.append(f"--validation_split_percentage must be 1 to 50, got {self.validation_split_percentage}")
-        if self.tokenizer_vocab_size < 257:
-            found.append(f"--tokenizer_vocab_size must be at least 257 (all bytes), got {self.tokenizer_vocab_size}")
+        if self.tokenizer_vocab_size < SMALLEST_VOCABULARY:
+            least = f"{SMALLEST_VOCABULARY} (the bytes and the end of text)"
+            found.append(f"--tokenizer_vocab_size must be at least {least}, got {self.tokenizer_vocab_size}")
         for name, least in (("block_size", 2), ("max_train_tokens", 1), ("num_proc", 1), ("shard_tokens", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
@@ -103,7 +104,7 @@ def main() -> None:
         return itertools.chain((("validation", document) for document in validation_corpus), train)
 
     tokenizer = get_tokenizer(args, documents())
-    incomplete = output_dir.with_name(output_dir.name + ".incomplete")
+    incomplete = output_dir.with_name(output_dir.name + INCOMPLETE)
     shutil.rmtree(incomplete, ignore_errors=True)  # of a run that was stopped: this one starts over
     incomplete.mkdir(parents=True)
     try:
@@ -165,16 +166,7 @@ def already_prepared(output_dir: Path, args: PrepareArguments, source: dict) -> 
 def get_tokenizer(args: PrepareArguments, documents: Iterator[tuple[str, str]]) -> PreTrainedTokenizerBase:
     """The tokenizer that was named, or one trained on the training part of the text."""
     if args.tokenizer_name:
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_name)
-        except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(f"--tokenizer_name {args.tokenizer_name} cannot be loaded: {reason}") from None
-        if tokenizer.eos_token_id is None:
-            raise UserError(
-                f"--tokenizer_name {args.tokenizer_name} has no end-of-text token to put between documents"
-            )
-        return tokenizer
+        return load_tokenizer(args.tokenizer_name)
 
     def training_text() -> Iterator[str]:
         size = 0
@@ -188,7 +180,7 @@ def get_tokenizer(args: PrepareArguments, documents: Iterator[tuple[str, str]]) 
                     break
 
     tokenizer = train_tokenizer(training_text(), args.tokenizer_vocab_size)
-    if len(tokenizer) == 257:
+    if len(tokenizer) == SMALLEST_VOCABULARY:
         raise UserError("no text found: the corpus is empty, or too small to train a tokenizer on")
     return tokenizer
 

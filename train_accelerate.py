@@ -21,7 +21,8 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import GradientAccumulationPlugin, set_seed
 from torch import nn
 from torch.optim import Optimizer
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
 
 from pretraining import checkpoint, hardware, publish
 from pretraining.arguments import UserError, flag, parse_arguments, run_script
@@ -31,6 +32,7 @@ from pretraining.models import build_model, check_fit, load_config
 from pretraining.optim import SCHEDULES, build_optimizers, learning_rate_factor, set_learning_rate
 from pretraining.run import Run, data_fingerprint, open_run_folder
 from pretraining.runlog import RunLog, plot_loss, read_metrics
+from pretraining.tokenizer import load_tokenizer
 
 AT_LEAST_ONE = """block_size per_device_train_batch_size gradient_accumulation_steps tokens_per_step max_steps
     logging_steps eval_steps eval_iters sample_steps save_steps save_total_limit"""
@@ -100,6 +102,7 @@ class TrainArguments:
 
 def main() -> None:
     args = parse_arguments(TrainArguments, __doc__)
+    disable_progress_bar()  # transformers' own: there is one for the run
     if not torch.cuda.is_available():
         hardware.keep_freed_memory()
     state = PartialState(cpu=not torch.cuda.is_available())
@@ -107,7 +110,7 @@ def main() -> None:
 
     data_dir, output_dir = Path(args.data_dir), Path(args.output_dir)
     train_data, validation_data = PackedDataset(data_dir, "train"), PackedDataset(data_dir, "validation")
-    tokenizer = AutoTokenizer.from_pretrained(data_dir / "tokenizer")
+    tokenizer = load_tokenizer(data_dir / "tokenizer", train_data.info["tokenizer"]["fingerprint"])
     config = load_config(
         args.model_name_or_path, args.config_name, args.config_overrides, len(tokenizer), tokenizer.eos_token_id
     )

@@ -19,9 +19,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from pretraining.arguments import UserError
-from pretraining.data import sha256_of
-
-INCOMPLETE = ".incomplete"
+from pretraining.files import INCOMPLETE, sha256_of, write_text
 
 
 def register_model_hooks(accelerator: Accelerator) -> None:
@@ -57,8 +55,9 @@ def save_checkpoint(accelerator: Accelerator, output_dir: Path, position: dict, 
     accelerator.save_state(str(folder))
     accelerator.wait_for_everyone()  # save_state does not wait for the other processes' files
     if accelerator.is_main_process:
-        write_json(folder / "position.json", position)
-        write_json(folder / "manifest.json", {"files": _describe_files(folder)})
+        write_text(folder / "position.json", json.dumps(position, indent=2) + "\n")
+        write_text(folder / "manifest.json", json.dumps({"files": _describe_files(folder)}, indent=2) + "\n")
+        _sync(folder / "manifest.json")
         shutil.rmtree(final, ignore_errors=True)
         os.replace(folder, final)
         _sync(output_dir)
@@ -141,10 +140,6 @@ def checkpoint_to_resume(output_dir: Path, resume_from_checkpoint: str) -> Path 
         return folder
     checkpoints = complete_checkpoints(output_dir)
     return checkpoints[-1] if checkpoints else None
-
-
-def write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _describe_files(folder: Path) -> dict:

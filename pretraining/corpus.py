@@ -1,4 +1,4 @@
-"""Where documents come from, the tokenizer that is trained on them, and which of them are for validation."""
+"""Where documents come from, and which of them are for validation."""
 
 import glob
 import hashlib
@@ -11,12 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from datasets import IterableDataset, load_dataset
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from pretraining.arguments import UserError
 
-END_OF_TEXT = "<|endoftext|>"
 LOADERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
 
@@ -102,39 +99,6 @@ def hub_corpus(name: str, config: str | None, revision: str | None, text_column:
         raise UserError(f"--dataset_name {name} cannot be loaded: {str(error).strip().splitlines()[0]}") from None
     description = {"name": name, "config": config, "revision": revision or "main"}
     return Corpus(documents=documents, text_column=text_column, description=description)
-
-
-def train_tokenizer(documents: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """
-    A byte-level BPE of GPT-2's kind: the same pre-tokenisation, all 256 bytes in the alphabet, so that any text can
-    be encoded, and one special token, `<|endoftext|>`, which has id 0 here.
-    """
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        min_frequency=2,
-        special_tokens=[END_OF_TEXT],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(documents, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token=END_OF_TEXT,
-        eos_token=END_OF_TEXT,
-        clean_up_tokenization_spaces=False,
-        model_input_names=["input_ids", "attention_mask"],  # the default's token_type_ids are BERT's
-    )
-
-
-def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """sha256 of the vocabulary: ids written with one tokenizer mean the same to another of the same fingerprint."""
-    digest = hashlib.sha256()
-    for token, token_id in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]):
-        digest.update(f"{token_id} {token}\n".encode())
-    return digest.hexdigest()
 
 
 def split_documents(documents: Iterable[str], percentage: int, seed: int) -> Iterator[tuple[str, str]]:

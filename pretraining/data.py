@@ -5,7 +5,6 @@ Documents are concatenated, each followed by the end-of-text token, and cut ever
 """
 
 import bisect
-import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from pretraining.arguments import UserError
+from pretraining.files import sha256_of
 
 FORMAT_VERSION = 1
 ROWS_PER_RECORD_BATCH = 1024
@@ -233,11 +233,6 @@ def read_data_folder(folder: Path) -> dict:
     if version != FORMAT_VERSION:
         raise UserError(f"{path} has format version {version}, this program reads {FORMAT_VERSION}")
     return info
-
-
-def sha256_of(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _as_it_is(batch: torch.Tensor) -> torch.Tensor:

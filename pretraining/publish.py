@@ -8,6 +8,8 @@ from pathlib import Path
 from huggingface_hub import ModelCard, ModelCardData
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from pretraining.files import INCOMPLETE
+
 WEIGHTS = "model.safetensors"
 
 USAGE = """```python
@@ -60,7 +62,7 @@ def export(
     Args:
         state_dict: the full weights, gathered from all processes.
     """
-    folder = output_dir / "final.incomplete"
+    folder = output_dir / f"final{INCOMPLETE}"
     shutil.rmtree(folder, ignore_errors=True)
     n_positions = model.config.n_positions
     # max_length: without it a pipeline asks for 256 new tokens after any prompt, more than there may be positions.

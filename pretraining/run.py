@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from accelerate.utils import broadcast_object_list
 
 from pretraining import checkpoint, publish
 from pretraining.arguments import UserError
+from pretraining.files import write_text
 
 TRAINING_ARGS = "training_args.yaml"
 
@@ -122,7 +122,8 @@ def open_run_folder(output_dir: Path, arguments: dict, settings: dict, state: Pa
         verdict = [_problems(output_dir, arguments, settings), publish.is_finished(output_dir)]
         if not any(verdict):
             output_dir.mkdir(parents=True, exist_ok=True)
-            _write_arguments(output_dir / TRAINING_ARGS, arguments)
+            given = {key: value for key, value in arguments.items() if value is not None}
+            write_text(output_dir / TRAINING_ARGS, yaml.safe_dump(given, sort_keys=False, allow_unicode=True))
     problems, finished = broadcast_object_list(verdict)
     if problems:
         raise UserError(*problems)
@@ -144,10 +145,3 @@ def _problems(output_dir: Path, arguments: dict, settings: dict) -> list[str]:
         for key, value in settings.items()
         if before.get(key) != value
     ]
-
-
-def _write_arguments(path: Path, arguments: dict) -> None:
-    given = {key: value for key, value in arguments.items() if value is not None}
-    temporary = path.with_suffix(".incomplete")
-    temporary.write_text(yaml.safe_dump(given, sort_keys=False, allow_unicode=True), encoding="utf-8")
-    os.replace(temporary, path)

@@ -8,6 +8,7 @@ from pathlib import Path
 from accelerate import Accelerator
 from tqdm import tqdm
 
+from pretraining.files import INCOMPLETE, write_text
 from pretraining.run import Run
 
 METRICS_FILE = "metrics.jsonl"
@@ -98,7 +99,7 @@ def plot_loss(output_dir: Path, bits_per_byte_lines: dict[str, float], bytes_per
     axes.legend()
     path = output_dir / "plots" / "loss.png"
     path.parent.mkdir(exist_ok=True)
-    temporary = path.with_suffix(".incomplete")
+    temporary = path.with_name(path.name + INCOMPLETE)
     figure.savefig(temporary, dpi=120, format="png")
     plt.close(figure)
     os.replace(temporary, path)
@@ -116,6 +117,4 @@ def _truncate(path: Path, last_step: int) -> None:
                 kept.append(line + "\n")
         except json.JSONDecodeError:
             continue
-    temporary = path.with_suffix(".incomplete")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, "".join(kept))

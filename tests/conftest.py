@@ -17,8 +17,8 @@ WORDS = """apple bridge candle desert engine forest garden harbor island jacket 
 
 
 def run(*command: object, cwd: Path = REPOSITORY, **environment: str) -> subprocess.CompletedProcess:
-    """Run a command to its end, with two threads and its output kept."""
-    variables = {**os.environ, "OMP_NUM_THREADS": "2", **environment}
+    """Run a command to its end, on the CPU with two threads, and keep its output."""
+    variables = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "2", **environment}
     return subprocess.run(
         [str(word) for word in command], cwd=cwd, env=variables, capture_output=True, text=True, timeout=300
     )

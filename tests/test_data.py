@@ -242,7 +242,7 @@ def test_the_embedded_corpus_is_the_standard_library_without_its_tests():
     [
         (["--train_file", "no/such/*.txt"], "no such file: no/such/*.txt"),
         (["--train_file", "{tmp}/empty.txt"], "no text found"),
-        (["--train_file", "{tmp}/empty.txt", "--tokenizer_name", "{tmp}"], "--tokenizer_name {tmp} cannot be loaded"),
+        (["--train_file", "{tmp}/empty.txt", "--tokenizer_name", "{tmp}"], "the tokenizer {tmp} cannot be loaded"),
         (
             ["--train_file", "{tmp}/short.txt", "--tokenizer_vocab_size", "300"],
             "less than one row of --block_size 1024",

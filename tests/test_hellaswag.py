@@ -1,25 +1,22 @@
 """HellaSwag: the same numbers as the two published protocols, whatever the batch size and the number of processes."""
 
 import json
-import os
 import random
 import re
 import statistics
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import launch, script, succeed
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from eval_hellaswag import load_items, load_model, score_items, summarise
 from modeling_gpt2scratch import GPT2ScratchConfig, GPT2ScratchForCausalLM
 from pretraining.arguments import UserError
-from pretraining.corpus import train_tokenizer
+from pretraining.tokenizer import train_tokenizer
 
-ROOT = Path(__file__).resolve().parent.parent
 TEXT = Path(textwrap.__file__).read_text(encoding="utf-8")
 WINDOW = 96
 PROTOCOLS = ("completion", "lm_eval")
@@ -295,27 +292,15 @@ def model_folder(tmp_path_factory, model, tokenizer):
     return folder
 
 
-def run_script(tmp_path: Path, *words, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
-    # Always on the CPU, so that two processes do not need two devices, and without the user's accelerate settings.
-    offline = {"CUDA_VISIBLE_DEVICES": "", "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *launcher, "eval_hellaswag.py", *map(str, words)]
-    return subprocess.run(command, cwd=ROOT, env=os.environ | offline, capture_output=True, text=True, timeout=120)
-
-
 def test_one_and_two_processes_write_the_same_files(tmp_path, model_folder, items):
     data_file = write_items(tmp_path / "items.jsonl", generated_records(19))
-    launchers = {
-        "one": (),
-        "two": ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--main_process_port=0"),
-    }
     written = {}
-    for name, launcher in launchers.items():
+    for processes, name in ((1, "one"), (2, "two")):
         output_file, predictions_file = tmp_path / name / "results.json", tmp_path / name / "items.jsonl"
         source = ("--model_name_or_path", model_folder, "--data_file", data_file, "--limit", 17)
         how = ("--protocol", "lm_eval", "--per_device_eval_batch_size", 3)
         output = ("--output_file", output_file, "--predictions_file", predictions_file)
-        run = run_script(tmp_path, *source, *how, *output, launcher=launcher)
-        assert run.returncode == 0, run.stderr
+        run = succeed(launch(processes, "eval_hellaswag.py", *source, *how, *output))
         assert run.stdout.count("acc_norm_stderr") == 1, "only one process prints"
         assert sorted(path.name for path in output_file.parent.iterdir()) == ["items.jsonl", "results.json"]
         lines = predictions_file.read_text().splitlines()
@@ -333,7 +318,7 @@ def test_one_and_two_processes_write_the_same_files(tmp_path, model_folder, item
 
 def test_mistakes_at_the_command_line_are_told_all_at_once(tmp_path):
     words = ("--data_file", "x", "--dataset_name", "y", "--limit", 0, "--protocol", "other", "--output_file", tmp_path)
-    run = run_script(tmp_path, *words)
+    run = script("eval_hellaswag.py", *words)
     assert run.returncode == 2 and "Traceback" not in run.stderr
     assert [line.split(": ")[2].split()[0] for line in run.stderr.splitlines()] == [
         "--protocol",

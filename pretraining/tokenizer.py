@@ -1,0 +1,69 @@
+"""Byte-level BPE tokenizers: trained here, or taken from elsewhere, and told apart by a fingerprint."""
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from pretraining.arguments import UserError
+
+END_OF_TEXT = "<|endoftext|>"
+SMALLEST_VOCABULARY = 257  # the 256 bytes and the end of text
+
+
+def train_tokenizer(documents: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """
+    A byte-level BPE of GPT-2's kind: the same pre-tokenisation, all 256 bytes in the alphabet, so that any text can
+    be encoded, and one special token, `<|endoftext|>`, which has id 0 here. A small corpus may give fewer tokens
+    than `vocab_size`.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(documents, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        clean_up_tokenization_spaces=False,
+        model_input_names=["input_ids", "attention_mask"],  # the default's token_type_ids are BERT's
+    )
+
+
+def load_tokenizer(name_or_path: str | Path, fingerprint: str | None = None) -> PreTrainedTokenizerBase:
+    """
+    A tokenizer on the Hub or in a folder.
+
+    Args:
+        fingerprint: what `tokenizer_fingerprint` has to be, if that is known.
+
+    Raises:
+        UserError: if it cannot be loaded, has no end-of-text token or another fingerprint.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"the tokenizer {name_or_path} cannot be loaded: {reason}") from None
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"the tokenizer {name_or_path} has no end-of-text token, which goes between documents")
+    if fingerprint is not None and tokenizer_fingerprint(tokenizer) != fingerprint:
+        raise UserError(f"{name_or_path} is not the tokenizer that the data was made with: its vocabulary is another")
+    return tokenizer
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """sha256 of the vocabulary: ids written with one tokenizer mean the same to another of the same fingerprint."""
+    digest = hashlib.sha256()
+    for token, token_id in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]):
+        digest.update(f"{token_id} {token}\n".encode())
+    return digest.hexdigest()
