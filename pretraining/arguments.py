@@ -52,7 +52,8 @@ def parse_arguments(arguments_class: type[T], description: str, argv: list[str] 
         description=description,
         allow_abbrev=False,
         exit_on_error=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        usage="%(prog)s [--config recipe.yaml] [--flag value ...]",
+        formatter_class=_HelpFormatter,
     )
     parser.add_argument("--config", metavar="FILE", help="a YAML recipe: flag names without the dashes, and values")
     names = [field.name for field in dataclasses.fields(arguments_class)]
@@ -102,6 +103,13 @@ def nearest(name: str, names: list[str]) -> str:
     """ ", did you mean X?" if one of `names` is close to `name`, else nothing."""
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     return f", did you mean {close[0]}?" if close else ""
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Keeps the lines of the description, and tells defaults where there is one to tell."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        return action.help if action.default in (None, False, [""]) else super()._get_help_string(action)
 
 
 def _read_recipe(path: str | None, names: list[str], problems: list[str]) -> list[str]:

@@ -54,7 +54,7 @@ def embedded_corpus() -> Corpus:
     return Corpus(
         documents=_text_files(files),
         text_column="text",
-        description={"name": "Python standard library", "revision": version, "files": len(files)},
+        description={"name": "the Python standard library", "revision": version, "files": len(files)},
         size=_total_size(files),
     )
 

@@ -1,5 +1,6 @@
 """The final model: a folder that loads with the Auto classes and a pipeline, with its code, tokenizer and card."""
 
+import json
 import os
 import shutil
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ USAGE = """```python
 from transformers import pipeline
 
 generator = pipeline("text-generation", model="{name}", trust_remote_code=True)
-print(generator({prompt!r}, max_new_tokens=60)[0]["generated_text"])
+print(generator({prompt}, max_new_tokens=60)[0]["generated_text"])
 ```"""
 
 
@@ -98,7 +99,7 @@ def model_card(record: RunRecord, model: PreTrainedModel) -> ModelCard:
         f"---\n{card_data}\n---",
         f"# {Path(record.name).name}",
         f"A GPT-2 of {record.parameters:,} parameters, trained from scratch with gpt2scratch on {source['name']}.",
-        USAGE.format(name=record.name, prompt=record.prompt),
+        USAGE.format(name=record.name, prompt=json.dumps(record.prompt, ensure_ascii=False)),
         "## Evaluation",
         f"On the {validation['bytes']:,} bytes of validation text ({validation['documents']:,} documents, not trained "
         "on):",
@@ -123,7 +124,7 @@ def model_card(record: RunRecord, model: PreTrainedModel) -> ModelCard:
                 ("data", f"{source['name']}, revision {source['revision']}"),
                 ("training text", f"{train['documents']:,} documents, {train['bytes']:,} bytes"),
                 ("tokens seen", f"{record.tokens:,} ({record.tokens / train['tokens']:.2f} epochs)"),
-                ("steps", f"{record.steps:,}"),
+                ("steps", f"{record.steps:,} of {record.tokens // record.steps:,} tokens"),
                 ("hardware", record.hardware),
                 ("time", f"{record.hours * 60:.1f} minutes" if record.hours < 2 else f"{record.hours:.1f} hours"),
                 ("precision", record.mixed_precision),
