@@ -86,6 +86,8 @@ class PrepareArguments:
 def main() -> None:
     args = parse_arguments(PrepareArguments, __doc__)
     output_dir = Path(args.output_dir)
+    if output_dir.is_symlink():
+        output_dir = output_dir.resolve()  # a finished folder is moved into place, which cannot replace a link
     if args.num_proc:
         os.environ["RAYON_NUM_THREADS"] = str(args.num_proc)  # read by tokenizers when it is first used
 
@@ -106,7 +108,10 @@ def main() -> None:
     tokenizer = get_tokenizer(args, documents())
     incomplete = output_dir.with_name(output_dir.name + INCOMPLETE)
     shutil.rmtree(incomplete, ignore_errors=True)  # of a run that was stopped: this one starts over
-    incomplete.mkdir(parents=True)
+    try:
+        incomplete.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"--output_dir {output_dir} cannot be written: {error.strerror}") from None
     try:
         total = train_corpus.size and train_corpus.size + (validation_corpus.size if validation_corpus else 0)
         splits = pack(documents(), tokenizer, incomplete, args, total)
@@ -244,8 +249,8 @@ class Split:
         dropped = self.writer.close()
         if self.writer.rows == 0:
             raise UserError(
-                f"no text found: the {self.name} text is {self.tokens} tokens in {self.documents} documents, less "
-                f"than one row of --block_size {self.writer.block_size}"
+                f"the {self.name} text is {self.tokens} tokens in {self.documents} documents, less than one row of "
+                f"--block_size {self.writer.block_size}: more text or a smaller --block_size is needed"
             )
         statistics = {
             "documents": self.documents,

@@ -2,12 +2,13 @@
 Train a GPT-2 on packed shards.
 
     accelerate launch --config_file accelerate_config.yaml train_accelerate.py --config configs/demo.yaml
-    accelerate launch --config_file configs/cpu.yaml train_accelerate.py \\
+    accelerate launch --config_file configs/cpu.yaml --cpu --quiet train_accelerate.py \\
         --data_dir data/demo --output_dir runs/small --config_overrides n_layer=2,n_embd=128,n_head=2 --max_steps 200
 
 Running the same command again continues from the last checkpoint.
 """
 
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -87,8 +88,10 @@ class TrainArguments:
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 found.append(f"--{name} must be at least 1, got {getattr(self, name)}")
         for name in NOT_NEGATIVE.split():
-            if not getattr(self, name) >= 0:  # "not >=": NaN is refused too
-                found.append(f"--{name} must not be negative, got {getattr(self, name)}")
+            if not 0 <= getattr(self, name) < math.inf:
+                found.append(f"--{name} must be a finite number of at least 0, got {getattr(self, name)}")
+        if self.seed >= 1 << 32:
+            found.append(f"--seed must be below 2^32, got {self.seed}")
         if self.warmup_steps > self.max_steps:
             found.append(f"--warmup_steps {self.warmup_steps} is more than --max_steps {self.max_steps}")
         if self.report_to != "none" and find_spec(self.report_to) is None:
@@ -215,6 +218,10 @@ def training_loop(
                     "grad_norm": grad_norm.item(),
                     **run.speed(),  # after .item(), which waits until the device has done the steps that are timed
                 }
+                if not math.isfinite(values["loss"]):
+                    raise UserError(
+                        f"the loss of step {run.step} is {values['loss']}: a lower --learning_rate may help"
+                    )
                 log.metrics(run, values)
                 log.progress(run.step, loss=f"{values['loss']:.3f}", tokens_s=f"{values['tokens_per_second']:,.0f}")
             if run.step % args.eval_steps == 0 or is_last:

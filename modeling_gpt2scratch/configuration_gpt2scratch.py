@@ -2,6 +2,7 @@
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
 
 
 @strict
@@ -29,7 +30,7 @@ class GPT2ScratchConfig(PreTrainedConfig):
         use_cache (`bool`): whether `generate` keeps keys and values of the tokens it has seen.
 
     Raises:
-        ValueError: if `n_embd` is not a multiple of `n_head`, or a size is below 1.
+        ValueError: if `n_embd` is not a multiple of `n_head`, or a value is outside its range.
     """
 
     model_type = "gpt2scratch"
@@ -68,6 +69,13 @@ class GPT2ScratchConfig(PreTrainedConfig):
 
     def validate_architecture(self):
         """Called by `@strict` after construction: refuses shapes that no GPT-2 can have."""
+        for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}.")
+        if not self.layer_norm_epsilon > 0:
+            raise ValueError(f"layer_norm_epsilon must be above 0, got {self.layer_norm_epsilon}.")
+        if self.activation_function not in ACT2FN:
+            raise ValueError(f"activation_function {self.activation_function!r} is not one of transformers'.")
         for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")

@@ -213,6 +213,8 @@ class GPT2ScratchModel(GPT2ScratchPreTrainedModel):
         )
         if position_ids is None:
             position_ids = self._next_positions(inputs_embeds, past_key_values)
+        else:
+            self._check_positions(position_ids, past_key_values)
 
         hidden_states = self.dropout(inputs_embeds + self.embed_positions(position_ids))
         for layer in self.layers:
@@ -237,6 +239,17 @@ class GPT2ScratchModel(GPT2ScratchPreTrainedModel):
                 "(config.n_positions)."
             )
         return (torch.arange(length, device=inputs_embeds.device) + past).unsqueeze(0)
+
+    def _check_positions(self, position_ids: torch.Tensor, past_key_values: Cache | None) -> None:
+        """On a GPU only where a cache says that text is generated: to look at the ids there is to wait for them."""
+        if torch.compiler.is_compiling() or (position_ids.is_cuda and past_key_values is None):
+            return
+        last = int(position_ids.max())
+        if last >= self.config.n_positions:
+            raise ValueError(
+                f"A sequence of {last + 1} tokens does not fit this model's {self.config.n_positions} positions "
+                "(config.n_positions)."
+            )
 
 
 class GPT2ScratchForCausalLM(GPT2ScratchPreTrainedModel, GenerationMixin):

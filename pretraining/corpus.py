@@ -3,6 +3,7 @@
 import glob
 import hashlib
 import itertools
+import logging
 import random
 import sys
 import sysconfig
@@ -13,6 +14,9 @@ from pathlib import Path
 from datasets import IterableDataset, load_dataset
 
 from pretraining.arguments import UserError
+
+# datasets logs what it could not read before it raises; the error says it once.
+logging.getLogger("datasets").setLevel(logging.CRITICAL)
 
 LOADERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
@@ -34,12 +38,28 @@ class Corpus:
     size: int | None = None
 
     def __iter__(self) -> Iterator[str]:
-        for row in self.documents:
+        for index, row in enumerate(self._rows()):
             if self.text_column not in row:
                 names = ", ".join(sorted(row))
                 raise UserError(f"--text_column {self.text_column}: no such column, the data has: {names}")
-            if row[self.text_column]:  # null and empty documents hold no text
-                yield row[self.text_column]
+            text = row[self.text_column]
+            if text is not None and not isinstance(text, str):
+                kind = type(text).__name__
+                raise UserError(f"--text_column {self.text_column}: row {index} holds a {kind} instead of a text")
+            if text:  # null and empty documents hold no text
+                yield text
+
+    def _rows(self) -> Iterator[dict]:
+        rows = iter(self.documents)
+        while True:
+            try:
+                row = next(rows)
+            except StopIteration:
+                return
+            except Exception as error:  # of a dozen kinds: JSON, Arrow, Parquet, encodings, the network
+                name, reason = self.description["name"], " ".join(str(error).split())
+                raise UserError(f"{name} cannot be read: {reason or repr(error)}") from error
+            yield row
 
 
 def embedded_corpus() -> Corpus:
@@ -77,6 +97,9 @@ def local_corpus(pattern: str, text_column: str = "text") -> Corpus:
         # Not `load_dataset("text")`: it opens files in text mode, which turns \r\n into \n.
         documents, text_column = _text_files(files), "text"
     else:
+        empty = [path for path in files if path.stat().st_size == 0]
+        if empty:
+            raise UserError(f"no text found: {empty[0]} is empty")
         documents = load_dataset(loader, data_files=[str(path) for path in files], split="train", streaming=True)
     listing = "".join(f"{path.name} {path.stat().st_size}\n" for path in files)
     return Corpus(

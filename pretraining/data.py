@@ -145,7 +145,14 @@ class PackedDataset(Dataset):
         if path.stat().st_size != expected["bytes"]:
             found = path.stat().st_size
             raise UserError(f"{path} has {found} bytes, dataset.json says {expected['bytes']}; prepare the data again")
-        for batch in pa.ipc.open_stream(pa.memory_map(str(path))):
+        try:
+            stream = pa.ipc.open_stream(pa.memory_map(str(path)))
+            row_length = stream.schema.field("input_ids").type.list_size
+        except (pa.ArrowException, OSError, KeyError, AttributeError) as error:
+            raise UserError(f"{path} is damaged ({error}): prepare the data again") from None
+        if row_length != self.block_size:
+            raise UserError(f"{path} has rows of {row_length} tokens, dataset.json says {self.block_size}")
+        for batch in stream:
             values = batch.column("input_ids").flatten().to_numpy(zero_copy_only=True)
             self._parts.append(values.reshape(-1, self.block_size))
             self._ends.append((self._ends[-1] if self._ends else 0) + batch.num_rows)
@@ -228,10 +235,13 @@ def read_data_folder(folder: Path) -> dict:
     try:
         info = json.loads(path.read_text(encoding="utf-8"))
         version = info["format_version"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error!r}); prepare the data again") from None
+        missing = {"source", "tokenizer", "block_size", "settings", "splits"} - info.keys()
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is damaged ({error!r}): prepare the data again") from None
     if version != FORMAT_VERSION:
         raise UserError(f"{path} has format version {version}, this program reads {FORMAT_VERSION}")
+    if missing:
+        raise UserError(f"{path} is damaged, it has no {', '.join(sorted(missing))}: prepare the data again")
     return info
 
 

@@ -1,9 +1,6 @@
 """The model a run starts from: its config from flags, its weights from scratch or from a checkpoint."""
 
-from dataclasses import fields
-
 import torch
-import yaml
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from modeling_gpt2scratch import GPT2ScratchConfig
@@ -47,19 +44,28 @@ def parse_overrides(text: str) -> dict:
     Raises:
         UserError: for what is not `name=value`, or a name that the config does not have.
     """
-    names = [field.name for field in fields(GPT2ScratchConfig)]
+    known = [*GPT2ScratchConfig.__annotations__, *GPT2ScratchConfig.attribute_map]
     overrides, problems = {}, []
     for item in filter(None, text.split(",")):
-        key, separator, value = item.partition("=")
+        key, separator, value = (part.strip() for part in item.partition("="))
         if not separator:
             problems.append(f"--config_overrides: '{item}' is not name=value")
-        elif key not in names:
-            problems.append(f"--config_overrides: the config has no '{key}'{nearest(key, names)}")
+        elif key not in known:
+            problems.append(f"--config_overrides: the config has no '{key}'{nearest(key, known)}")
         else:
-            overrides[key] = yaml.safe_load(value)
+            overrides[GPT2ScratchConfig.attribute_map.get(key, key)] = _to_value(value)
     if problems:
         raise UserError(*problems)
     return overrides
+
+
+def _to_value(text: str) -> int | float | bool | str | None:
+    for convert in (int, float):
+        try:
+            return convert(text)
+        except ValueError:
+            continue
+    return {"true": True, "false": False, "none": None, "null": None}.get(text.lower(), text)
 
 
 def check_fit(config: PreTrainedConfig, vocab_size: int, data_block_size: int, block_size: int | None) -> None:
@@ -95,13 +101,21 @@ def check_fit(config: PreTrainedConfig, vocab_size: int, data_block_size: int, b
 def build_model(
     config: PreTrainedConfig, model_name_or_path: str | None, attn_implementation: str, gradient_checkpointing: bool
 ) -> PreTrainedModel:
-    """The model in training mode, fp32: under bf16 autocast the weights and the optimizer's sums stay exact."""
-    if model_name_or_path:
-        model = AutoModelForCausalLM.from_pretrained(
-            model_name_or_path, attn_implementation=attn_implementation, dtype=torch.float32
-        )
-    else:
-        model = AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation)
+    """
+    The model in training mode, in fp32: under bf16 autocast the weights and the optimizer's sums stay exact.
+
+    Raises:
+        UserError: if there are no such weights, or the attention implementation is not installed.
+    """
+    try:
+        if model_name_or_path:
+            model = AutoModelForCausalLM.from_pretrained(
+                model_name_or_path, attn_implementation=attn_implementation, dtype=torch.float32
+            )
+        else:
+            model = AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation)
+    except (ImportError, OSError, ValueError) as error:  # an attention that is not installed, or no weights there
+        raise UserError(f"the model cannot be made: {str(error).strip().splitlines()[0]}") from None
     if gradient_checkpointing:
         model.gradient_checkpointing_enable()
     return model.train()

@@ -66,12 +66,12 @@ def export(
     folder = output_dir / f"final{INCOMPLETE}"
     shutil.rmtree(folder, ignore_errors=True)
     n_positions = model.config.n_positions
-    # max_length: without it a pipeline asks for 256 new tokens after any prompt, more than there may be positions.
+    # A pipeline asks for 256 new tokens if a model does not say, which a small model may have no positions for.
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.eos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.eos_token_id,
-        max_length=n_positions,
+        max_new_tokens=min(256, n_positions // 2),
     )
     tokenizer.model_max_length = n_positions
     # save_pretrained adds the class that is saved; the headless model has to be named by hand.

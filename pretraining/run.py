@@ -121,9 +121,11 @@ def open_run_folder(output_dir: Path, arguments: dict, settings: dict, state: Pa
     if state.is_main_process:
         verdict = [_problems(output_dir, arguments, settings), publish.is_finished(output_dir)]
         if not any(verdict):
-            output_dir.mkdir(parents=True, exist_ok=True)
             given = {key: value for key, value in arguments.items() if value is not None}
-            write_text(output_dir / TRAINING_ARGS, yaml.safe_dump(given, sort_keys=False, allow_unicode=True))
+            try:
+                write_text(output_dir / TRAINING_ARGS, yaml.safe_dump(given, sort_keys=False, allow_unicode=True))
+            except OSError as error:
+                verdict[0] = [f"--output_dir {output_dir} cannot be written: {error.strerror}"]
     problems, finished = broadcast_object_list(verdict)
     if problems:
         raise UserError(*problems)
@@ -131,15 +133,20 @@ def open_run_folder(output_dir: Path, arguments: dict, settings: dict, state: Pa
 
 
 def _problems(output_dir: Path, arguments: dict, settings: dict) -> list[str]:
-    if output_dir.is_file():
-        return [f"--output_dir {output_dir} is a file"]
+    if output_dir.exists() and not output_dir.is_dir():
+        return [f"--output_dir {output_dir} is not a folder"]
     if not output_dir.exists() or not any(output_dir.iterdir()):
         return []
     if not (output_dir / TRAINING_ARGS).is_file():
         return [f"--output_dir {output_dir} exists and is not a run folder: choose another"]
+    if not checkpoint.complete_checkpoints(output_dir) and not publish.is_finished(output_dir):
+        return []  # it ended before there was anything to lose
     if arguments["resume_from_checkpoint"] == "none":
         return [f"--output_dir {output_dir} holds a run already: delete it, or choose another, to start from step 0"]
-    before = yaml.safe_load((output_dir / TRAINING_ARGS).read_text(encoding="utf-8"))
+    try:
+        before = dict(yaml.safe_load((output_dir / TRAINING_ARGS).read_text(encoding="utf-8")))
+    except (ValueError, TypeError, yaml.YAMLError):
+        return [f"{output_dir / TRAINING_ARGS} is damaged: without it nobody knows what run this is"]
     return [
         f"{output_dir} holds a run with --{key} {before.get(key)}, not {value}: choose another --output_dir"
         for key, value in settings.items()

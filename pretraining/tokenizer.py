@@ -49,9 +49,13 @@ def load_tokenizer(name_or_path: str | Path, fingerprint: str | None = None) -> 
     Raises:
         UserError: if it cannot be loaded, has no end-of-text token or another fingerprint.
     """
+    import modeling_gpt2scratch  # noqa: F401  so that a folder trained here needs no remote code to be known
+
+    if isinstance(name_or_path, Path) and not name_or_path.is_dir():
+        raise UserError(f"the tokenizer's folder {name_or_path} is missing")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
-    except (OSError, ValueError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"the tokenizer {name_or_path} cannot be loaded: {reason}") from None
     if tokenizer.eos_token_id is None:

@@ -245,17 +245,24 @@ def test_the_embedded_corpus_is_the_standard_library_without_its_tests():
         (["--train_file", "{tmp}/empty.txt", "--tokenizer_name", "{tmp}"], "the tokenizer {tmp} cannot be loaded"),
         (
             ["--train_file", "{tmp}/short.txt", "--tokenizer_vocab_size", "300"],
-            "less than one row of --block_size 1024",
+            "less than one row of --block_size 1024: more text or a smaller",
         ),
         (["--block_sise", "64"], "unknown flag --block_sise, did you mean --block_size?"),
         (["--block_size", "many"], "--block_size: invalid int value: 'many'"),
         (["--train_file", "{tmp}/table.jsonl"], "--text_column text: no such column, the data has: body"),
         (["--train_file", "{tmp}/*"], "give files of one kind"),
+        (["--train_file", "{tmp}/broken.jsonl"], "broken.jsonl cannot be read"),
+        (["--train_file", "{tmp}/numbers.jsonl"], "--text_column text: row 1 holds a int instead of a text"),
+        (["--train_file", "{tmp}/empty.parquet"], "empty.parquet is empty"),
+        (["--output_dir", "{tmp}/empty.txt/data"], "cannot be written: Not a directory"),
     ],
 )
 def test_bad_input_is_one_clear_line_and_writes_nothing(arguments, message, tmp_path):
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "short.txt").write_text("too short for a row\n" * 3)
+    (tmp_path / "broken.jsonl").write_text('{"text": "a text"}\n{"text": \n')
+    (tmp_path / "numbers.jsonl").write_text('{"text": null}\n{"text": 5}\n')
+    (tmp_path / "empty.parquet").write_text("")
     (tmp_path / "table.jsonl").write_text('{"body": "a text"}\n')
     before = sorted(tmp_path.iterdir())
     arguments = [argument.replace("{tmp}", str(tmp_path)) for argument in arguments]

@@ -158,6 +158,8 @@ def test_a_sequence_beyond_the_positions_is_refused_with_both_lengths():
     model = tiny_model()
     with pytest.raises(ValueError, match=r"25 tokens .* 24 positions"):
         model(torch.zeros(1, 25, dtype=torch.long))
+    with pytest.raises(ValueError, match=r"25 tokens .* 24 positions"):
+        model.generate(torch.ones(1, 20, dtype=torch.long), max_new_tokens=9, min_new_tokens=9, pad_token_id=0)
     cache = model(torch.zeros(1, 20, dtype=torch.long), use_cache=True).past_key_values
     with pytest.raises(ValueError, match=r"25 tokens .* 24 positions"):
         model(torch.zeros(1, 5, dtype=torch.long), past_key_values=cache)
@@ -174,7 +176,12 @@ def test_both_or_neither_of_ids_and_embeddings_is_refused():
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"n_embd": 50}, r"n_embd \(50\) must be a multiple of n_head \(4\)"), ({"n_layer": 0}, "n_layer .* got 0")],
+    [
+        ({"n_embd": 50}, r"n_embd \(50\) must be a multiple of n_head \(4\)"),
+        ({"n_layer": 0}, "n_layer .* got 0"),
+        ({"attn_pdrop": 2.0}, "attn_pdrop .* got 2.0"),
+        ({"activation_function": "foo"}, "activation_function 'foo'"),
+    ],
 )
 def test_impossible_shapes_are_refused(changes, message):
     with pytest.raises(Exception, match=message):  # the strict dataclass wraps the ValueError in one of its own

@@ -284,6 +284,10 @@ def test_a_checkpoint_of_another_global_batch_or_of_other_data_is_refused(finish
             ["--tokens_per_step", "300"],
             ["300 is not a multiple of 128 (block 32 x batch 4 x 1 processes); nearest: 256 or 384"],
         ),
+        (["--config_overrides", "n_positions=32,attn_pdrop=2"], ["attn_pdrop must be at least 0 and below 1, got 2"]),
+        (["--config_overrides", "activation_function=foo"], ["activation_function 'foo' is not one of"]),
+        (["--learning_rate", "inf"], ["--learning_rate must be a finite number of at least 0, got inf"]),
+        (["--output_dir", "{tmp}/recipe.yaml/run"], ["cannot be written: Not a directory"]),
         (["--optim", "sgd", "--max_steps", "0"], ["--optim: invalid choice: 'sgd'", "--max_steps must be at least 1"]),
         (["--model_name_or_path", "{tmp}", "--config_overrides", ""], ["{tmp} cannot be loaded"]),
         (["--resume_from_checkpoint", "{tmp}/checkpoint-000001"], ["checkpoint-000001: no such folder"]),
@@ -302,6 +306,19 @@ def test_bad_input_is_named_in_one_line_each_and_writes_nothing(arguments, messa
         assert any(message.replace("{tmp}", str(tmp_path)) in error for error in errors), result.stderr
     assert all(error.startswith("train_accelerate.py: error: ") for error in errors)
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_run_that_diverges_stops_and_says_so(data_dir, tmp_path):
+    overrides = TINY + ", layer_norm_epsilon=1e-6"
+    arguments = ("--config_overrides", overrides, "--learning_rate", 1e30, "--max_steps", 20, "--max_grad_norm", 1e30)
+    result = train(data_dir, tmp_path / "run", *arguments)
+    assert result.returncode == 2
+    assert "train_accelerate.py: error: the loss of step " in result.stderr
+    assert "Traceback" not in result.stderr
+    assert all(math.isfinite(line["loss"]) for line in metrics(tmp_path / "run"))
+    assert not (tmp_path / "run/model.safetensors").exists()
+    # Nothing was lost, so the folder takes a better try.
+    succeed(train(data_dir, tmp_path / "run", *arguments[:2], "--learning_rate", 1e-3, "--max_steps", 2))
 
 
 def test_processes_that_were_not_started_are_an_error(data_dir, tmp_path):
