@@ -179,8 +179,10 @@ def test_two_processes_train_and_evaluate_as_one_does(data_dir, tmp_path):
     load_file(runs[2] / "checkpoint-000005/model.safetensors")["model.norm.weight"]  # no name of the DDP wrapper
 
 
-def test_the_evaluation_is_the_mean_over_every_row_counted_once(finished_run, data_dir):
-    model = AutoModelForCausalLM.from_pretrained(finished_run[0]).eval()
+def test_the_evaluation_is_the_mean_over_every_row_counted_once(finished_run, data_dir, tmp_path):
+    flags = ("--model_name_or_path", finished_run[0], "--max_steps", 1, "--per_device_train_batch_size", 4)
+    succeed(script("train_accelerate.py", "--data_dir", data_dir, "--output_dir", tmp_path / "run", *flags))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run").eval()
     rows = PackedDataset(data_dir, "validation")
     assert len(rows) % 4 != 0  # a last batch that is not full
     losses = []
@@ -188,8 +190,7 @@ def test_the_evaluation_is_the_mean_over_every_row_counted_once(finished_run, da
         for index in range(len(rows)):
             log_probabilities = model(rows[index][None]).logits[0, :-1].log_softmax(-1)
             losses += (-log_probabilities.gather(-1, rows[index][1:, None])).flatten().tolist()
-    last = [line for line in metrics(finished_run[0]) if "eval_loss" in line][-1]
-    assert last["eval_loss"] == pytest.approx(np.mean(losses), rel=3e-3)  # the run's was in bf16
+    assert metrics(tmp_path / "run")[-1]["eval_loss"] == pytest.approx(np.mean(losses), rel=1e-6)
 
 
 def test_a_killed_run_continues_to_the_same_weights_bit_for_bit(data_dir, tmp_path):
