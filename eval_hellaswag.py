@@ -14,10 +14,8 @@ EleutherAI's lm-evaluation-harness: activity label and cleaned texts, `acc` by t
 import itertools
 import json
 import math
-import os
 import re
 import reprlib
-import textwrap
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -33,8 +31,9 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import modeling_gpt2scratch  # noqa: F401  registers the model type
-from pretraining.arguments import UserError, flag, parse_arguments, run_script
+from pretraining.arguments import UserError, flag, one_line, parse_arguments, run_script
 from pretraining.files import write_text
+from pretraining.launch import check_launch
 
 Protocol = Literal["completion", "lm_eval"]
 
@@ -76,9 +75,7 @@ def main() -> None:
     args = parse_arguments(HellaSwagArguments, __doc__)
 
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
-    launched = int(os.environ.get("WORLD_SIZE", 1))
-    if launched != accelerator.num_processes:
-        raise UserError(f"{launched} processes were launched, but each sees {accelerator.num_processes} of them")
+    check_launch(accelerator.num_processes)
 
     # By all processes at once: downloads are locked, and of a mistake each can say what it is before it ends.
     items = load_items(args.data_file, args.limit) if args.data_file else load_hub_items(args)
@@ -338,10 +335,6 @@ def load_model(name_or_path: str) -> tuple:
     if missing := sorted(report["missing_keys"]):  # transformers leaves them at random and only warns
         raise UserError(f"--model_name_or_path {name_or_path} lacks {len(missing)} weights, such as {missing[0]}")
     return model, tokenizer
-
-
-def one_line(error: Exception) -> str:
-    return textwrap.shorten(str(error) or repr(error), width=300)
 
 
 if __name__ == "__main__":

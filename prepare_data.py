@@ -190,7 +190,13 @@ def get_tokenizer(args: PrepareArguments, documents: Iterator[tuple[str, str]]) 
     return tokenizer
 
 
-def pack(documents: Iterator[tuple[str, str]], tokenizer, folder: Path, args: PrepareArguments, total: int | None):
+def pack(
+    documents: Iterator[tuple[str, str]],
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    args: PrepareArguments,
+    total: int | None,
+) -> dict[str, dict]:
     """
     Tokenise and write both splits, reading the documents once.
 
@@ -222,7 +228,7 @@ def pack(documents: Iterator[tuple[str, str]], tokenizer, folder: Path, args: Pr
 class Split:
     """One split while it is written: its rows, its counts, and for validation what gzip and xz make of its text."""
 
-    def __init__(self, name: str, tokenizer, folder: Path, args: PrepareArguments):
+    def __init__(self, name: str, tokenizer: PreTrainedTokenizerBase, folder: Path, args: PrepareArguments):
         self.name = name
         self.writer = ShardWriter(folder / name, args.block_size, len(tokenizer), args.shard_tokens)
         self.eos_token_id = tokenizer.eos_token_id

@@ -9,7 +9,6 @@ Running the same command again continues from the last checkpoint.
 """
 
 import math
-import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -29,6 +28,7 @@ from pretraining import checkpoint, hardware, publish
 from pretraining.arguments import UserError, flag, parse_arguments, run_script
 from pretraining.data import PackedDataset, RowOrder, training_batches
 from pretraining.evaluation import evaluate, write_samples
+from pretraining.launch import check_launch
 from pretraining.models import build_model, check_fit, load_config
 from pretraining.optim import SCHEDULES, build_optimizers, learning_rate_factor, set_learning_rate
 from pretraining.run import Run, data_fingerprint, open_run_folder
@@ -109,7 +109,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         hardware.keep_freed_memory()
     state = PartialState(cpu=not torch.cuda.is_available())
-    check_launch(state)
+    check_launch(state.num_processes)
 
     data_dir, output_dir = Path(args.data_dir), Path(args.output_dir)
     train_data, validation_data = PackedDataset(data_dir, "train"), PackedDataset(data_dir, "validation")
@@ -315,22 +315,6 @@ def finish(
     yardsticks = "".join(f", {name} {rate:.3f}" for name, rate in record.compression.items())
     bits_per_byte = evaluation["eval_bits_per_byte"]
     print(f"{args.output_dir}: {bits_per_byte:.3f} bits per byte of the validation text{yardsticks}")
-
-
-def check_launch(state: PartialState) -> None:
-    """
-    Raises:
-        UserError: if processes that were started together did not find each other. Each would train alone, and
-            overwrite what the others write.
-    """
-    expected = int(os.environ.get("WORLD_SIZE", 1))
-    if expected != state.num_processes:
-        raise UserError(f"started as one of {expected} processes, but found {state.num_processes}")
-    if "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
-        raise UserError(
-            "asked for several processes, but only one was started, as accelerate does where distributed_type is NO: "
-            "use --config_file configs/cpu.yaml, or add --multi_gpu (which serves CPUs too)"
-        )
 
 
 def tokens_per_micro_step(args: TrainArguments, block_size: int, num_processes: int) -> int:

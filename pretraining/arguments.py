@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import os
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -97,6 +98,11 @@ def run_script(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def one_line(error: Exception) -> str:
+    """What an error of a library says, in one line of a bearable length."""
+    return textwrap.shorten(str(error) or repr(error), width=300)
 
 
 def nearest(name: str, names: list[str]) -> str:

@@ -40,7 +40,7 @@ def register_model_hooks(accelerator: Accelerator) -> None:
     accelerator.register_load_state_pre_hook(load_model)
 
 
-def save_checkpoint(accelerator: Accelerator, output_dir: Path, position: dict, save_total_limit: int | None) -> Path:
+def save_checkpoint(accelerator: Accelerator, output_dir: Path, position: dict, save_total_limit: int) -> Path:
     """
     Write `checkpoint-<step>` of all processes, then delete the oldest beyond `save_total_limit`.
 
@@ -61,7 +61,7 @@ def save_checkpoint(accelerator: Accelerator, output_dir: Path, position: dict, 
         shutil.rmtree(final, ignore_errors=True)
         os.replace(folder, final)
         _sync(output_dir)
-        for old in complete_checkpoints(output_dir)[: -save_total_limit if save_total_limit else 0]:
+        for old in complete_checkpoints(output_dir)[:-save_total_limit]:
             shutil.rmtree(old)
     accelerator.wait_for_everyone()
     return final

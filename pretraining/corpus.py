@@ -13,7 +13,7 @@ from pathlib import Path
 
 from datasets import IterableDataset, load_dataset
 
-from pretraining.arguments import UserError
+from pretraining.arguments import UserError, one_line
 
 # datasets logs what it could not read before it raises; the error says it once.
 logging.getLogger("datasets").setLevel(logging.CRITICAL)
@@ -57,8 +57,7 @@ class Corpus:
             except StopIteration:
                 return
             except Exception as error:  # of a dozen kinds: JSON, Arrow, Parquet, encodings, the network
-                name, reason = self.description["name"], " ".join(str(error).split())
-                raise UserError(f"{name} cannot be read: {reason or repr(error)}") from error
+                raise UserError(f"{self.description['name']} cannot be read: {one_line(error)}") from error
             yield row
 
 
@@ -119,7 +118,7 @@ def hub_corpus(name: str, config: str | None, revision: str | None, text_column:
     try:
         documents = load_dataset(name, config, split="train", revision=revision, streaming=True)
     except (OSError, ValueError) as error:  # not found, no network, no such configuration
-        raise UserError(f"--dataset_name {name} cannot be loaded: {str(error).strip().splitlines()[0]}") from None
+        raise UserError(f"--dataset_name {name} cannot be loaded: {one_line(error)}") from None
     description = {"name": name, "config": config, "revision": revision or "main"}
     return Corpus(documents=documents, text_column=text_column, description=description)
 

@@ -4,7 +4,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from modeling_gpt2scratch import GPT2ScratchConfig
-from pretraining.arguments import UserError, nearest
+from pretraining.arguments import UserError, nearest, one_line
 
 
 def load_config(
@@ -21,7 +21,7 @@ def load_config(
     try:
         config = AutoConfig.from_pretrained(source) if source else GPT2ScratchConfig()
     except (OSError, ValueError) as error:
-        raise UserError(f"{source} cannot be loaded: {str(error).strip().splitlines()[0]}") from None
+        raise UserError(f"{source} cannot be loaded: {one_line(error)}") from None
     if not isinstance(config, GPT2ScratchConfig):
         raise UserError(f"{source} is a {config.model_type} model; this program trains {GPT2ScratchConfig.model_type}")
     if model_name_or_path:
@@ -33,8 +33,7 @@ def load_config(
     try:
         return GPT2ScratchConfig(**{**config.to_dict(), **changes})
     except Exception as error:  # the strict dataclass wraps ours and its own in errors of several classes
-        reason = " ".join(str(error.__cause__ or error).split())
-        raise UserError(f"--config_overrides {overrides}: {reason}") from None
+        raise UserError(f"--config_overrides {overrides}: {one_line(error.__cause__ or error)}") from None
 
 
 def parse_overrides(text: str) -> dict:
@@ -115,7 +114,7 @@ def build_model(
         else:
             model = AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation)
     except (ImportError, OSError, ValueError) as error:  # an attention that is not installed, or no weights there
-        raise UserError(f"the model cannot be made: {str(error).strip().splitlines()[0]}") from None
+        raise UserError(f"the model cannot be made: {one_line(error)}") from None
     if gradient_checkpointing:
         model.gradient_checkpointing_enable()
     return model.train()

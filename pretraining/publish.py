@@ -95,10 +95,12 @@ def model_card(record: RunRecord, model: PreTrainedModel) -> ModelCard:
         tags=["gpt2", "gpt2scratch"],
         model_name=Path(record.name).name,
     )
+    start = record.settings["model_name_or_path"]
+    made = f"trained further from `{start}`" if start else "trained from scratch"
     sections = [
         f"---\n{card_data}\n---",
         f"# {Path(record.name).name}",
-        f"A GPT-2 of {record.parameters:,} parameters, trained from scratch with gpt2scratch on {source['name']}.",
+        f"A GPT-2 of {record.parameters:,} parameters, {made} with gpt2scratch on {source['name']}.",
         USAGE.format(name=record.name, prompt=json.dumps(record.prompt, ensure_ascii=False)),
         "## Evaluation",
         f"On the {validation['bytes']:,} bytes of validation text ({validation['documents']:,} documents, not trained "

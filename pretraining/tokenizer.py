@@ -7,7 +7,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from pretraining.arguments import UserError
+from pretraining.arguments import UserError, one_line
 
 END_OF_TEXT = "<|endoftext|>"
 SMALLEST_VOCABULARY = 257  # the 256 bytes and the end of text
@@ -56,8 +56,7 @@ def load_tokenizer(name_or_path: str | Path, fingerprint: str | None = None) -> 
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"the tokenizer {name_or_path} cannot be loaded: {reason}") from None
+        raise UserError(f"the tokenizer {name_or_path} cannot be loaded: {one_line(error)}") from None
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer {name_or_path} has no end-of-text token, which goes between documents")
     if fingerprint is not None and tokenizer_fingerprint(tokenizer) != fingerprint:

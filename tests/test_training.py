@@ -191,6 +191,7 @@ def test_the_evaluation_is_the_mean_over_every_row_counted_once(finished_run, da
             log_probabilities = model(rows[index][None]).logits[0, :-1].log_softmax(-1)
             losses += (-log_probabilities.gather(-1, rows[index][1:, None])).flatten().tolist()
     assert metrics(tmp_path / "run")[-1]["eval_loss"] == pytest.approx(np.mean(losses), rel=1e-6)
+    assert f"trained further from `{finished_run[0]}`" in (tmp_path / "run/README.md").read_text()
 
 
 def test_a_killed_run_continues_to_the_same_weights_bit_for_bit(data_dir, tmp_path):
