@@ -4,23 +4,33 @@ Shapes in the comments: B batch, T tokens of this call, H heads, D width of a he
 """
 
 import math
+from copy import deepcopy
+from dataclasses import fields
 
 import torch
 from torch import nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import Chunk, Transpose, WeightConverter, WeightRenaming, revert_weight_conversion
 from transformers.generation import GenerationMixin
-from transformers.masking_utils import create_causal_mask
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.models.gpt2 import GPT2Config, GPT2LMHeadModel, GPT2Model
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_gpt2scratch import GPT2ScratchConfig
+from .linear_cross_entropy import linear_cross_entropy
+from .packing import causal_mask_of_packed_documents
+
+QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 
 
 def eager_attention_forward(
@@ -128,6 +138,7 @@ class GPT2ScratchPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": GPT2ScratchDecoderLayer, "attentions": GPT2ScratchAttention}
+    _keys_to_ignore_on_load_unexpected = [r"\.attn\.(masked_)?bias$"]  # causal masks in old stock checkpoints
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -156,6 +167,42 @@ class GPT2ScratchPreTrainedModel(PreTrainedModel):
         elif isinstance(module, nn.LayerNorm):
             init.ones_(module.weight)
             init.zeros_(module.bias)
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """As transformers', of this model's own checkpoints and of any stock GPT-2's."""
+        # Registered for the time of loading only: transformers takes a map that stays for a model's own file format.
+        register_checkpoint_conversion_mapping(cls.config_class.model_type, FROM_STOCK_GPT2, overwrite=True)
+        try:
+            return super().from_pretrained(*args, **kwargs)
+        finally:
+            register_checkpoint_conversion_mapping(cls.config_class.model_type, [], overwrite=True)
+
+    def save_pretrained(self, save_directory, save_original_format: bool = False, **kwargs):
+        """
+        As transformers', in this model's own layout, with its code beside it.
+
+        Args:
+            save_original_format: write a stock GPT-2 instead, which `GPT2LMHeadModel`, and all that reads its
+                checkpoints, loads without this code. (transformers' default is True; of a model that was loaded from a
+                stock checkpoint, a resume that loads the weights by name would then start from random ones.)
+        """
+        if not save_original_format:
+            return super().save_pretrained(save_directory, save_original_format=False, **kwargs)
+        state_dict = dict(kwargs.pop("state_dict", None) or self.state_dict())
+        for name, weight in list(state_dict.items()):
+            if not self.config.qkv_bias and name.endswith(tuple(f"{projection}.weight" for projection in QKV)):
+                # Stock GPT-2 always has these biases.
+                state_dict[name.removesuffix("weight") + "bias"] = weight.new_zeros(weight.shape[0])
+        self._weight_conversions = deepcopy(FROM_STOCK_GPT2)
+        state_dict = revert_weight_conversion(self, state_dict)
+        shared = {field.name for field in fields(GPT2Config)} & {field.name for field in fields(self.config)}
+        config = GPT2Config(**{name: getattr(self.config, name) for name in shared})
+        with torch.device("meta"):
+            stock = (GPT2LMHeadModel if self.can_generate() else GPT2Model)(config).to(self.dtype)
+        if self.can_generate():
+            stock.generation_config = self.generation_config
+        return stock.save_pretrained(save_directory, state_dict=state_dict, **kwargs)
 
 
 class GPT2ScratchModel(GPT2ScratchPreTrainedModel):
@@ -187,36 +234,36 @@ class GPT2ScratchModel(GPT2ScratchPreTrainedModel):
         Args:
             input_ids (`(B, T)`), or inputs_embeds (`(B, T, C)`): the new tokens.
             attention_mask (`(B, past + T)`, *optional*): 1 for a token, 0 for padding.
-            position_ids (`(B, T)` or `(1, T)`, *optional*): counted on from the cache if left out.
+            position_ids (`(B, T)` or `(1, T)`, *optional*): counted on from the cache if left out. Where they start
+                again within a row, a new document begins: it does not see those before it.
             past_key_values: keys and values of the tokens before these.
 
         Raises:
-            ValueError: if not exactly one of `input_ids` and `inputs_embeds` is given, or if the sequence is longer
-                than `config.n_positions`.
+            ValueError: if not exactly one of `input_ids` and `inputs_embeds` is given, if the sequence is longer than
+                `config.n_positions`, or (checked on a CPU only) an id is outside the vocabulary.
         """
         if (input_ids is None) == (inputs_embeds is None):
             given = "neither" if input_ids is None else "both"
             raise ValueError(f"Pass exactly one of input_ids and inputs_embeds, got {given}.")
         if inputs_embeds is None:
+            _check_token_ids(input_ids, self.config.vocab_size)
             inputs_embeds = self.embed_tokens(input_ids)
+
+        # The mask comes before the cache and before default positions, either of which would change how it is made.
+        causal_mask, attention_kwargs = causal_mask_of_packed_documents(
+            self.config, inputs_embeds, attention_mask, position_ids, past_key_values
+        )
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-
-        # Before position_ids get their default: with them set, the mask function looks for packed documents in them
-        # and a compiled graph falls back from `is_causal` to a dense mask.
-        causal_mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
-        )
         if position_ids is None:
             position_ids = self._next_positions(inputs_embeds, past_key_values)
         else:
             self._check_positions(position_ids, past_key_values)
 
-        hidden_states = self.dropout(inputs_embeds + self.embed_positions(position_ids))
+        hidden_states = inputs_embeds
+        # A later stage of a pipeline, which has an Identity for each layer before its own, gets hidden states.
+        if not isinstance(self.layers[0], nn.Identity):
+            hidden_states = self.dropout(hidden_states + self.embed_positions(position_ids))
         for layer in self.layers:
             hidden_states = layer(
                 hidden_states,
@@ -224,7 +271,7 @@ class GPT2ScratchModel(GPT2ScratchPreTrainedModel):
                 position_ids=position_ids,
                 past_key_values=past_key_values,
                 use_cache=use_cache,
-                **kwargs,
+                **(attention_kwargs | kwargs),
             )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
@@ -233,29 +280,41 @@ class GPT2ScratchModel(GPT2ScratchPreTrainedModel):
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         length = inputs_embeds.shape[1]
         # A static cache counts in a tensor; comparing it would force a synchronisation, and break a compiled graph.
-        if isinstance(past, int) and past + length > self.config.n_positions:
-            raise ValueError(
-                f"A sequence of {past + length} tokens does not fit this model's {self.config.n_positions} positions "
-                "(config.n_positions)."
-            )
+        if isinstance(past, int):
+            self._check_length(past + length)
         return (torch.arange(length, device=inputs_embeds.device) + past).unsqueeze(0)
 
     def _check_positions(self, position_ids: torch.Tensor, past_key_values: Cache | None) -> None:
         """On a GPU only where a cache says that text is generated: to look at the ids there is to wait for them."""
-        if torch.compiler.is_compiling() or (position_ids.is_cuda and past_key_values is None):
-            return
-        last = int(position_ids.max())
-        if last >= self.config.n_positions:
+        if not is_tracing(position_ids) and (position_ids.device.type == "cpu" or past_key_values is not None):
+            self._check_length(int(position_ids.max()) + 1)
+
+    def _check_length(self, length: int) -> None:
+        if length > self.config.n_positions:
             raise ValueError(
-                f"A sequence of {last + 1} tokens does not fit this model's {self.config.n_positions} positions "
+                f"A sequence of {length} tokens does not fit this model's {self.config.n_positions} positions "
                 "(config.n_positions)."
             )
+
+
+def _check_token_ids(ids: torch.Tensor, vocab_size: int) -> None:
+    """On a CPU only: on a GPU, to look at the ids is to wait for them."""
+    if ids.device.type != "cpu" or is_tracing(ids):
+        return
+    outside = ids[(ids < 0) | (ids >= vocab_size)]
+    if len(outside) > 0:
+        raise ValueError(
+            f"Token id {int(outside[0])} is outside this model's vocabulary of {vocab_size} (config.vocab_size)."
+        )
 
 
 class GPT2ScratchForCausalLM(GPT2ScratchPreTrainedModel, GenerationMixin):
     """GPT-2 with its language-modelling head, whose weights are the token embedding's unless untied."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: GPT2ScratchConfig):
         super().__init__(config)
@@ -274,12 +333,15 @@ class GPT2ScratchForCausalLM(GPT2ScratchPreTrainedModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        skip_logits: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
         """
         Args (beyond those of `GPT2ScratchModel`):
             labels (`(B, T)`, *optional*): the token ids themselves, shifted here; -100 is ignored.
             logits_to_keep: compute only the last so many logits (0: all), or those at these indices.
+            skip_logits: with labels, return the loss alone (`logits` is None), in a tenth of the memory. Left out, it
+                is so in a training step: in training mode, with gradients. (Name and default are Liger Kernel's.)
             num_items_in_batch: what to divide the summed loss by, when a batch is accumulated in parts. Without it
                 the loss is the mean over this call's labels, in nats per token.
         """
@@ -292,12 +354,20 @@ class GPT2ScratchForCausalLM(GPT2ScratchPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])  # (B, kept, vocabulary)
-
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        hidden_states = outputs.last_hidden_state
+        loss = logits = None
+        if (
+            labels is not None
+            and isinstance(logits_to_keep, int)
+            and logits_to_keep == 0
+            and self._skips_logits(skip_logits)
+        ):
+            loss = self._loss_without_logits(hidden_states, labels, **kwargs)
+        else:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(hidden_states[:, kept, :])  # (B, kept, vocabulary)
+            if labels is not None:
+                loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -306,5 +376,59 @@ class GPT2ScratchForCausalLM(GPT2ScratchPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
         )
 
+    def _skips_logits(self, skip_logits: bool | None) -> bool:
+        """Whether to compute the loss without the logits, which takes the head's weight past the head's `forward`."""
+        if skip_logits is None:
+            skip_logits = self.training and torch.is_grad_enabled()
+        head = self.lm_head
+        return (
+            skip_logits
+            and self.loss_function is ForCausalLMLoss
+            # A head that is replaced (LoRA, quantisation), sharded (FSDP, tensor parallelism) or hooked (offloading)
+            # has to be called. So has one whose weight is elsewhere at the moment.
+            and type(head) is nn.Linear
+            and type(head.weight) is nn.Parameter
+            and head.weight.shape == (head.out_features, head.in_features)
+            and not (head._forward_hooks or head._forward_pre_hooks or hasattr(head, "_hf_hook"))
+        )
+
+    def _loss_without_logits(
+        self,
+        hidden_states: torch.Tensor,
+        labels: torch.Tensor,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        ignore_index: int = -100,
+        shift_labels: torch.Tensor | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        """As transformers' `ForCausalLMLoss`, from the hidden states."""
+        if shift_labels is None:
+            shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+        shift_labels = shift_labels.to(hidden_states.device)
+        _check_token_ids(shift_labels.masked_fill(shift_labels == ignore_index, 0), self.config.vocab_size)
+        return linear_cross_entropy(hidden_states, self.lm_head.weight, shift_labels, num_items_in_batch, ignore_index)
+
+
+# From the names and layouts of stock GPT-2 to those of this file, and, read backwards, the other way. Stock linear
+# layers hold their weights transposed, and those of query, key and value in one.
+FROM_STOCK_GPT2 = [
+    WeightRenaming(r"(?<!\w)transformer\.", r"(?<!\w)model\."),
+    WeightRenaming(r"(?<!\w)h\.", r"(?<!\w)layers\."),
+    WeightRenaming(r"(?<!\w)wte\.", r"(?<!\w)embed_tokens\."),
+    WeightRenaming(r"(?<!\w)wpe\.", r"(?<!\w)embed_positions\."),
+    WeightRenaming(r"(?<!\w)ln_f\.", r"(?<!\w)norm\."),
+    WeightRenaming("ln_1", "input_layernorm"),
+    WeightRenaming("ln_2", "post_attention_layernorm"),
+    WeightRenaming(r"(?<!\w)attn.c_proj.bias", "self_attn.o_proj.bias"),
+    WeightRenaming("mlp.c_fc.bias", "mlp.up_proj.bias"),
+    WeightRenaming("mlp.c_proj.bias", "mlp.down_proj.bias"),
+    WeightConverter(r"(?<!\w)attn.c_proj.weight", "self_attn.o_proj.weight", operations=[Transpose(0, 1)]),
+    WeightConverter("mlp.c_fc.weight", "mlp.up_proj.weight", operations=[Transpose(0, 1)]),
+    WeightConverter("mlp.c_proj.weight", "mlp.down_proj.weight", operations=[Transpose(0, 1)]),
+    WeightConverter(
+        r"(?<!\w)attn.c_attn.weight", [f"{name}.weight" for name in QKV], operations=[Transpose(0, 1), Chunk(0)]
+    ),
+    WeightConverter(r"(?<!\w)attn.c_attn.bias", [f"{name}.bias" for name in QKV], operations=[Chunk(0)]),
+]
 
 __all__ = ["GPT2ScratchForCausalLM", "GPT2ScratchModel", "GPT2ScratchPreTrainedModel"]
