@@ -48,8 +48,10 @@ NEUTRAL = """output_dir data_dir per_device_train_batch_size gradient_accumulati
 class TrainArguments:
     output_dir: str = flag(None, "the run folder to write")
     data_dir: str = flag(None, "a data folder made by prepare_data.py")
-    model_name_or_path: str = flag(None, "start from these weights: a folder or a model on the Hub")
-    config_name: str = flag(None, "start from scratch with this config: a folder or a model on the Hub")
+    model_name_or_path: str = flag(
+        None, "start from these weights, of this model or a stock GPT-2: a folder or Hub id"
+    )
+    config_name: str = flag(None, "start from scratch with this config: 124M, 350M, 774M, 1558M, a folder or Hub id")
     config_overrides: str = flag(None, "changes to the default config (GPT-2 124M), as n_layer=4,n_embd=256")
     block_size: int = flag(None, "tokens in a row; that of the data if left out")
 

@@ -2,7 +2,7 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from .configuration_gpt2scratch import GPT2ScratchConfig
+from .configuration_gpt2scratch import PRESETS, GPT2ScratchConfig
 from .modeling_gpt2scratch import GPT2ScratchForCausalLM, GPT2ScratchModel, GPT2ScratchPreTrainedModel
 
 AutoConfig.register("gpt2scratch", GPT2ScratchConfig)
@@ -14,4 +14,4 @@ GPT2ScratchConfig.register_for_auto_class()
 GPT2ScratchModel.register_for_auto_class("AutoModel")
 GPT2ScratchForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 
-__all__ = ["GPT2ScratchConfig", "GPT2ScratchForCausalLM", "GPT2ScratchModel", "GPT2ScratchPreTrainedModel"]
+__all__ = ["PRESETS", "GPT2ScratchConfig", "GPT2ScratchForCausalLM", "GPT2ScratchModel", "GPT2ScratchPreTrainedModel"]

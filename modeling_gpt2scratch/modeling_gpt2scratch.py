@@ -345,6 +345,9 @@ class GPT2ScratchForCausalLM(GPT2ScratchPreTrainedModel, GenerationMixin):
             num_items_in_batch: what to divide the summed loss by, when a batch is accumulated in parts. Without it
                 the loss is the mean over this call's labels, in nats per token.
         """
+        if labels is not None:
+            ignored = labels == kwargs.get("ignore_index", -100)
+            _check_token_ids(labels.masked_fill(ignored, 0), self.config.vocab_size)
         outputs: BaseModelOutputWithPast = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -405,7 +408,6 @@ class GPT2ScratchForCausalLM(GPT2ScratchPreTrainedModel, GenerationMixin):
         if shift_labels is None:
             shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
         shift_labels = shift_labels.to(hidden_states.device)
-        _check_token_ids(shift_labels.masked_fill(shift_labels == ignore_index, 0), self.config.vocab_size)
         return linear_cross_entropy(hidden_states, self.lm_head.weight, shift_labels, num_items_in_batch, ignore_index)
 
 

@@ -39,7 +39,9 @@ def evaluate(
         input_ids = dataset.__getitems__(rows).to(accelerator.device)
         labels = input_ids.clone()
         labels[max(0, num_rows - first) :] = -100
-        loss_sum = model(input_ids=input_ids, labels=labels, num_items_in_batch=1, use_cache=False).loss
+        loss_sum = model(
+            input_ids=input_ids, labels=labels, num_items_in_batch=1, use_cache=False, skip_logits=True
+        ).loss
         total += torch.tensor([loss_sum.item(), (labels[:, 1:] != -100).sum().item()])
     model.train()
     loss_sum, tokens = accelerator.reduce(total.to(accelerator.device), "sum").tolist()

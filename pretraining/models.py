@@ -1,9 +1,10 @@
 """The model a run starts from: its config from flags, its weights from scratch or from a checkpoint."""
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from modeling_gpt2scratch import GPT2ScratchConfig
+from modeling_gpt2scratch import PRESETS, GPT2ScratchConfig, GPT2ScratchForCausalLM
 from pretraining.arguments import UserError, nearest, one_line
 
 
@@ -14,16 +15,24 @@ def load_config(
     The config to train with: that of the weights to start from, or else the named one (GPT-2 124M if none is) with
     `overrides`. From scratch, the vocabulary and the end-of-text token are the tokenizer's unless overridden.
 
+    Args:
+        model_name_or_path, config_name: a folder or a Hub id, of this model or of a stock GPT-2; a config may also be
+            one of `PRESETS`.
+
     Raises:
         UserError: for a name that cannot be loaded, an unknown override, or values that make no model.
     """
     source = model_name_or_path or config_name
     try:
-        config = AutoConfig.from_pretrained(source) if source else GPT2ScratchConfig()
-    except (OSError, ValueError) as error:
-        raise UserError(f"{source} cannot be loaded: {one_line(error)}") from None
-    if not isinstance(config, GPT2ScratchConfig):
-        raise UserError(f"{source} is a {config.model_type} model; this program trains {GPT2ScratchConfig.model_type}")
+        if source is None or source in PRESETS:
+            config = GPT2ScratchConfig.from_preset(source or "124M")
+        elif not PreTrainedConfig.get_config_dict(source)[0]:  # from_pretrained would take the defaults
+            raise OSError("it has no config.json")
+        else:
+            config = GPT2ScratchConfig.from_pretrained(source)
+    except (OSError, ValueError, StrictDataclassError) as error:
+        presets = "" if model_name_or_path else f" (or use a preset: {', '.join(PRESETS)})"
+        raise UserError(f"{source} cannot be loaded: {one_line(error)}{presets}") from None
     if model_name_or_path:
         return config
     changes = {"vocab_size": vocab_size, "bos_token_id": eos_token_id, "eos_token_id": eos_token_id}
@@ -108,7 +117,7 @@ def build_model(
     """
     try:
         if model_name_or_path:
-            model = AutoModelForCausalLM.from_pretrained(
+            model = GPT2ScratchForCausalLM.from_pretrained(
                 model_name_or_path, attn_implementation=attn_implementation, dtype=torch.float32
             )
         else:

@@ -6,50 +6,10 @@ import sys
 import pytest
 import torch
 from conftest import run, succeed
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from tiny_models import SHAPE, random_ids, randomise, stock_model_with_the_weights_of, tiny_model
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from modeling_gpt2scratch import GPT2ScratchConfig, GPT2ScratchForCausalLM, GPT2ScratchModel
-
-SHAPE = {"vocab_size": 101, "n_positions": 24, "n_embd": 48, "n_layer": 3, "n_head": 4}
-
-
-def tiny_model(**changes) -> GPT2ScratchForCausalLM:
-    torch.manual_seed(0)
-    config = GPT2ScratchConfig(**{**SHAPE, "bos_token_id": 0, "eos_token_id": 0, **changes})
-    return GPT2ScratchForCausalLM(config).eval()
-
-
-def stock_model_with_the_weights_of(model: GPT2ScratchForCausalLM) -> GPT2LMHeadModel:
-    """transformers' own GPT-2. Its linear layers hold their weights transposed, and q, k and v in one."""
-    no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    stock = GPT2LMHeadModel(GPT2Config(**SHAPE, **no_dropout)).eval()
-    with torch.no_grad():
-        stock.transformer.wte.weight.copy_(model.model.embed_tokens.weight)
-        stock.transformer.wpe.weight.copy_(model.model.embed_positions.weight)
-        stock.transformer.ln_f.load_state_dict(model.model.norm.state_dict())
-        for theirs, ours in zip(stock.transformer.h, model.model.layers, strict=True):
-            theirs.ln_1.load_state_dict(ours.input_layernorm.state_dict())
-            theirs.ln_2.load_state_dict(ours.post_attention_layernorm.state_dict())
-            attention = ours.self_attn
-            qkv = (attention.q_proj, attention.k_proj, attention.v_proj)
-            theirs.attn.c_attn.weight.copy_(torch.cat([linear.weight.T for linear in qkv], dim=1))
-            theirs.attn.c_attn.bias.copy_(torch.cat([linear.bias for linear in qkv]))
-            for conv, linear in (
-                (theirs.attn.c_proj, attention.o_proj),
-                (theirs.mlp.c_fc, ours.mlp.up_proj),
-                (theirs.mlp.c_proj, ours.mlp.down_proj),
-            ):
-                conv.weight.copy_(linear.weight.T)
-                conv.bias.copy_(linear.bias)
-    return stock
-
-
-def randomise(model: torch.nn.Module) -> None:
-    """Weights of a size at which every part of the model matters, biases and norms included."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
+from modeling_gpt2scratch import PRESETS, GPT2ScratchConfig, GPT2ScratchForCausalLM, GPT2ScratchModel
 
 
 @pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
@@ -113,11 +73,22 @@ def test_residual_projections_start_smaller_by_the_depth():
     assert model.model.embed_tokens.weight.std().item() == pytest.approx(0.02, rel=0.03)
 
 
-def test_the_default_config_is_gpt2_124m():
+@pytest.mark.parametrize(
+    ("preset", "parameters"),  # of openai-community/gpt2, gpt2-medium, gpt2-large, gpt2-xl
+    [("124M", 124_439_808), ("350M", 354_823_168), ("774M", 774_030_080), ("1558M", 1_557_611_200)],
+)
+def test_the_presets_have_the_parameters_of_the_published_models(preset, parameters):
     with torch.device("meta"):
-        model = GPT2ScratchForCausalLM(GPT2ScratchConfig())
-    assert model.num_parameters() == 124_439_808  # of openai-community/gpt2
+        model = GPT2ScratchForCausalLM(GPT2ScratchConfig.from_preset(preset))
+    assert model.num_parameters() == parameters
     assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_the_default_config_is_the_smallest_preset_and_presets_take_changes():
+    assert GPT2ScratchConfig().to_dict() == GPT2ScratchConfig.from_preset("124M").to_dict()
+    assert GPT2ScratchConfig.from_preset("350M", n_layer=2, n_positions=8).n_layer == 2
+    with pytest.raises(ValueError, match=f"'1.5B'.*{', '.join(PRESETS)}"):
+        GPT2ScratchConfig.from_preset("1.5B")
 
 
 def test_a_saved_model_loads_with_the_auto_classes(tmp_path):
@@ -165,6 +136,18 @@ def test_a_sequence_beyond_the_positions_is_refused_with_both_lengths():
         model(torch.zeros(1, 5, dtype=torch.long), past_key_values=cache)
 
 
+@pytest.mark.parametrize("outside", [101, -1])
+def test_ids_outside_the_vocabulary_are_refused_by_value(outside):
+    model = tiny_model()
+    input_ids = random_ids(2, 5)
+    input_ids[1, 3] = outside
+    with pytest.raises(ValueError, match=f"id {outside} is outside .* vocabulary of 101"):
+        model(input_ids)
+    for skip_logits in (False, True):
+        with pytest.raises(ValueError, match=f"id {outside} is outside .* vocabulary of 101"):
+            model(random_ids(2, 5), labels=input_ids, skip_logits=skip_logits)
+
+
 def test_both_or_neither_of_ids_and_embeddings_is_refused():
     model = tiny_model()
     input_ids = torch.zeros(1, 3, dtype=torch.long)
@@ -181,10 +164,12 @@ def test_both_or_neither_of_ids_and_embeddings_is_refused():
         ({"n_layer": 0}, "n_layer .* got 0"),
         ({"attn_pdrop": 2.0}, "attn_pdrop .* got 2.0"),
         ({"activation_function": "foo"}, "activation_function 'foo'"),
+        ({"n_head": 0}, "n_head .* got 0"),
+        ({"layer_norm_epsilon": 0.0}, "layer_norm_epsilon .* got 0.0"),
     ],
 )
 def test_impossible_shapes_are_refused(changes, message):
-    with pytest.raises(Exception, match=message):  # the strict dataclass wraps the ValueError in one of its own
+    with pytest.raises(ValueError, match=message):
         GPT2ScratchConfig(**{**SHAPE, **changes})
 
 

@@ -15,6 +15,7 @@ import torch
 import yaml
 from conftest import REPOSITORY, TINY, launch, make_documents, metrics, run, script, succeed, train
 from safetensors.torch import load_file
+from tiny_models import random_ids, tiny_stock_model
 from transformers import AutoModelForCausalLM
 
 import modeling_gpt2scratch  # noqa: F401  registers the model type
@@ -108,6 +109,29 @@ def test_training_args_are_a_recipe_for_the_same_run(finished_run, tmp_path):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_training_goes_on_from_a_stock_checkpoint_and_publishes_what_stock_gpt2_computes(data_dir, tmp_path):
+    stock = tiny_stock_model(vocab_size=320, n_positions=32)
+    stock.save_pretrained(tmp_path / "stock")
+    arguments = ("--model_name_or_path", tmp_path / "stock", "--config_overrides", "", "--max_steps", 2)
+    succeed(train(data_dir, tmp_path / "run", *arguments, "--warmup_steps", 0, "--learning_rate", 0))
+    trained = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
+    ids = random_ids(2, 32, vocab_size=320)
+    torch.testing.assert_close(trained(ids).logits, stock(ids).logits, rtol=0, atol=1e-5)
+    assert metrics(tmp_path / "run")[0]["loss"] > 5.5  # it was not trained, and says so
+
+
+def test_a_preset_with_changes_and_a_vocabulary_of_no_round_size(corpus_file, tmp_path):
+    """301 tokens are padded to 320 where products are computed, and nowhere else."""
+    prepare = ("--train_file", corpus_file, "--tokenizer_vocab_size", 301, "--block_size", 32)
+    succeed(script("prepare_data.py", "--output_dir", tmp_path / "data", *prepare))
+    changes = "n_layer=1,n_embd=32,n_positions=32"
+    arguments = ("--config_name", "350M", "--config_overrides", changes, "--max_steps", 2)
+    succeed(train(tmp_path / "data", tmp_path / "run", *arguments))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
+    assert model.config.n_head == 16
+    assert model.config.vocab_size == len(model.lm_head.weight) == 301
+
+
 def test_a_finished_run_is_not_overwritten(finished_run, data_dir):
     output_dir = finished_run[0]
     before = (output_dir / "model.safetensors").stat().st_mtime_ns
@@ -160,7 +184,8 @@ def test_the_loop_is_a_plain_loop_over_the_same_rows(finished_run, data_dir, tmp
 
 def test_two_processes_train_and_evaluate_as_one_does(data_dir, tmp_path):
     common = ("--data_dir", data_dir, "--config_overrides", TINY, "--tokens_per_step", 512, "--logging_steps", 1)
-    common += ("--max_steps", 10, "--eval_steps", 5, "--learning_rate", "0.01", "--save_steps", 5)
+    # At 0.01, a bump of the loss multiplies rounding errors a hundredfold.
+    common += ("--max_steps", 10, "--eval_steps", 5, "--learning_rate", "0.003", "--save_steps", 5)
     runs = {}
     for processes, batch in ((1, 16), (2, 4)):
         runs[processes] = tmp_path / f"on-{processes}"
@@ -170,10 +195,10 @@ def test_two_processes_train_and_evaluate_as_one_does(data_dir, tmp_path):
     assert len(one) == 12
     for alone, together in zip(one, two, strict=True):
         for key in alone.keys() & {"step", "tokens", "loss", "grad_norm", "eval_loss"}:
-            assert together[key] == pytest.approx(alone[key], rel=2e-5), (key, alone, together)
+            assert together[key] == pytest.approx(alone[key], rel=1e-6), (key, alone, together)
     weights = [load_file(runs[processes] / "model.safetensors") for processes in (1, 2)]
     for name in weights[0].keys() - key_biases(weights[0]):
-        torch.testing.assert_close(weights[0][name], weights[1][name], rtol=0, atol=2e-5)
+        torch.testing.assert_close(weights[0][name], weights[1][name], rtol=0, atol=5e-6)
     names = [{path.name for path in (runs[n] / "checkpoint-000005").iterdir()} for n in (1, 2)]
     assert names[1] - names[0] == {"random_states_1.pkl"}
     load_file(runs[2] / "checkpoint-000005/model.safetensors")["model.norm.weight"]  # no name of the DDP wrapper
@@ -292,6 +317,7 @@ def test_a_checkpoint_of_another_global_batch_or_of_other_data_is_refused(finish
         (["--output_dir", "{tmp}/recipe.yaml/run"], ["cannot be written: Not a directory"]),
         (["--optim", "sgd", "--max_steps", "0"], ["--optim: invalid choice: 'sgd'", "--max_steps must be at least 1"]),
         (["--model_name_or_path", "{tmp}", "--config_overrides", ""], ["{tmp} cannot be loaded"]),
+        (["--config_name", "{tmp}/125M"], ["use a preset: 124M, 350M, 774M, 1558M"]),
         (["--resume_from_checkpoint", "{tmp}/checkpoint-000001"], ["checkpoint-000001: no such folder"]),
         (["--output_dir", "{tmp}"], ["exists and is not a run folder"]),
     ],
