@@ -102,7 +102,7 @@ def _loss_and_gradients(
         torch.mm(hidden_states[tile], padded_weight.T, out=logits)
         loss += _to_gradient_(logits, vocab_size, targets[tile], counts[tile])
         if needs_hidden_grad:
-            hidden_grad[tile] = logits @ padded_weight * counts[tile]
+            hidden_grad[tile] = (logits @ padded_weight).masked_fill(~counts[tile], 0)
         if needs_weight_grad:
             # Transposed twice, or the product would begin with a transposed copy of the logits.
             hidden = (hidden_states[tile] * counts[tile]).T.contiguous()  # (C, R)
@@ -112,7 +112,8 @@ def _loss_and_gradients(
 
 def _to_gradient_(logits: torch.Tensor, vocab_size: int, targets: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     """
-    Turns the logits (R, V + padding) into the gradients of their rows' losses, softmax minus one-hot, in place.
+    Turns the logits (R, V + padding) into the gradients of their rows' losses, softmax minus one-hot, in place. Those
+    of the padding are zeros, and stay so.
 
     Returns:
         The sum of the losses of the rows that count.
@@ -122,7 +123,6 @@ def _to_gradient_(logits: torch.Tensor, vocab_size: int, targets: torch.Tensor, 
     loss = torch.zeros((), dtype=torch.float32, device=logits.device)
     for block, target, count in zip(logits.split(rows), targets.split(rows), counts.split(rows), strict=True):
         log_probs = nn.functional.log_softmax(block[:, :vocab_size], dim=-1, dtype=torch.float32)
-        loss -= (log_probs.gather(1, target) * count).sum()
+        loss -= log_probs.gather(1, target).masked_fill(~count, 0).sum()
         block[:, :vocab_size] = log_probs.exp_().scatter_add_(1, target, -torch.ones_like(target, dtype=torch.float32))
-    logits[:, vocab_size:] = 0
     return loss

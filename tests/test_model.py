@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import run, succeed
 from tiny_models import SHAPE, random_ids, randomise, stock_model_with_the_weights_of, tiny_model
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from modeling_gpt2scratch import PRESETS, GPT2ScratchConfig, GPT2ScratchForCausalLM, GPT2ScratchModel
 
@@ -29,15 +29,23 @@ def test_logits_loss_and_gradients_are_those_of_stock_gpt2(attn_implementation):
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
-def test_left_padded_batches_match_single_sequences():
-    model = tiny_model()
+@pytest.mark.parametrize("name", ["resid_pdrop", "embd_pdrop", "attn_pdrop"])
+def test_each_dropout_is_where_stock_gpt2_has_it(name):
+    """They draw from the same generator in the same order, so that even the noise is the same."""
+    model = tiny_model(**{name: 0.3})
     randomise(model)
-    short = torch.tensor([[5, 6, 7]])
-    padded = torch.tensor([[0, 0, 5, 6, 7], [1, 2, 3, 4, 5]])
-    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
-    position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
-    batch = model(padded, attention_mask=mask, position_ids=position_ids).logits
-    torch.testing.assert_close(batch[0, 2:], model(short).logits[0], rtol=0, atol=1e-5)
+    stock = GPT2LMHeadModel(
+        GPT2Config(**SHAPE, **{"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, name: 0.3})
+    )
+    stock.load_state_dict(stock_model_with_the_weights_of(model).state_dict())
+    ids = random_ids(2, 16)
+    logits = []
+    for either in (model, stock):
+        either.set_attn_implementation("eager")
+        torch.manual_seed(7)
+        logits.append(either.train()(ids).logits)
+    torch.testing.assert_close(*logits, rtol=0, atol=1e-5)
+    assert (logits[0] - model.eval()(ids).logits).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("prompt_length", [1, 7])
