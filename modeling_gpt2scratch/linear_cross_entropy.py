@@ -41,7 +41,9 @@ def linear_cross_entropy(
         its dtype and the softmax in fp32, as they would in the plain form.
     """
     labels = labels.flatten()
-    loss = _LinearCrossEntropy.apply(hidden_states.flatten(0, -2), weight, labels, ignore_index)
+    # Asked for here: inside, gradients are always off, and the inputs look as if they needed one under no_grad too.
+    grad_enabled = torch.is_grad_enabled()
+    loss = _LinearCrossEntropy.apply(hidden_states.flatten(0, -2), weight, labels, ignore_index, grad_enabled)
     if num_items_in_batch is None:
         num_items_in_batch = (labels != ignore_index).sum()
     elif isinstance(num_items_in_batch, torch.Tensor):
@@ -53,13 +55,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """Summed cross-entropy of (N, C) hidden states, with both gradients computed on the way forward."""
 
     @staticmethod
-    def forward(ctx, hidden_states, weight, labels, ignore_index):
+    def forward(ctx, hidden_states, weight, labels, ignore_index, grad_enabled):
         device = hidden_states.device.type
         autocast = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if autocast else hidden_states.dtype
+        needs_grad = (grad_enabled and needed for needed in ctx.needs_input_grad[:2])
         with torch.autocast(device, enabled=False):
             loss, hidden_grad, weight_grad = _loss_and_gradients(
-                hidden_states.to(dtype), weight, labels, ignore_index, *ctx.needs_input_grad[:2]
+                hidden_states.to(dtype), weight, labels, ignore_index, *needs_grad
             )
         ctx.save_for_backward(hidden_grad, weight_grad)
         ctx.dtypes = hidden_states.dtype, weight.dtype
@@ -73,7 +76,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             None if grad is None else grad.mul_(grad_output).to(dtype)
             for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
-        return *gradients, None, None
+        return *gradients, None, None, None
 
 
 def _loss_and_gradients(
@@ -100,7 +103,7 @@ def _loss_and_gradients(
         tile = slice(start, start + rows)
         logits = buffer[: hidden_states[tile].shape[0]]  # (R, V + padding)
         torch.mm(hidden_states[tile], padded_weight.T, out=logits)
-        loss += _to_gradient_(logits, vocab_size, targets[tile], counts[tile])
+        loss += _loss_of_tile(logits, vocab_size, targets[tile], counts[tile], needs_hidden_grad or needs_weight_grad)
         if needs_hidden_grad:
             hidden_grad[tile] = (logits @ padded_weight).masked_fill(~counts[tile], 0)
         if needs_weight_grad:
@@ -110,19 +113,22 @@ def _loss_and_gradients(
     return loss, hidden_grad, weight_grad
 
 
-def _to_gradient_(logits: torch.Tensor, vocab_size: int, targets: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+def _loss_of_tile(
+    logits: torch.Tensor, vocab_size: int, targets: torch.Tensor, counts: torch.Tensor, needs_grad: bool
+) -> torch.Tensor:
     """
-    Turns the logits (R, V + padding) into the gradients of their rows' losses, softmax minus one-hot, in place. Those
-    of the padding are zeros, and stay so.
-
-    Returns:
-        The sum of the losses of the rows that count.
+    Summed loss of the rows that count, from their logits (R, V + padding). With `needs_grad` these become, in place,
+    the gradients of each row's loss, softmax minus one-hot. Those of the padding are zeros, and stay so.
     """
     in_cache = logits.device.type == "cpu" and not torch.compiler.is_compiling()
     rows = max(1, CPU_BLOCK // vocab_size) if in_cache else logits.shape[0]
     loss = torch.zeros((), dtype=torch.float32, device=logits.device)
-    for block, target, count in zip(logits.split(rows), targets.split(rows), counts.split(rows), strict=True):
-        log_probs = nn.functional.log_softmax(block[:, :vocab_size], dim=-1, dtype=torch.float32)
+    for block, target, count in zip(
+        logits[:, :vocab_size].split(rows), targets.split(rows), counts.split(rows), strict=True
+    ):
+        log_probs = nn.functional.log_softmax(block, dim=-1, dtype=torch.float32)
         loss -= log_probs.gather(1, target).masked_fill(~count, 0).sum()
-        block[:, :vocab_size] = log_probs.exp_().scatter_add_(1, target, -torch.ones_like(target, dtype=torch.float32))
+        if needs_grad:
+            minus_one_hot = -torch.ones_like(target, dtype=torch.float32)
+            block.copy_(log_probs.exp_().scatter_add_(1, target, minus_one_hot))
     return loss

@@ -189,7 +189,8 @@ class GPT2ScratchPreTrainedModel(PreTrainedModel):
         """
         if not save_original_format:
             return super().save_pretrained(save_directory, save_original_format=False, **kwargs)
-        state_dict = dict(kwargs.pop("state_dict", None) or self.state_dict())
+        state_dict = kwargs.pop("state_dict", None)
+        state_dict = self.state_dict() if state_dict is None else dict(state_dict)
         for name, weight in list(state_dict.items()):
             if not self.config.qkv_bias and name.endswith(tuple(f"{projection}.weight" for projection in QKV)):
                 # Stock GPT-2 always has these biases.
@@ -340,8 +341,8 @@ class GPT2ScratchForCausalLM(GPT2ScratchPreTrainedModel, GenerationMixin):
         Args (beyond those of `GPT2ScratchModel`):
             labels (`(B, T)`, *optional*): the token ids themselves, shifted here; -100 is ignored.
             logits_to_keep: compute only the last so many logits (0: all), or those at these indices.
-            skip_logits: with labels, return the loss alone (`logits` is None), in a tenth of the memory. Left out, it
-                is so in a training step: in training mode, with gradients. (Name and default are Liger Kernel's.)
+            skip_logits: with labels, return the loss alone (`logits` is None), which takes a tenth of the memory. Left
+                out, it is so in a training step: in training mode, with gradients. (The name is Liger Kernel's.)
             num_items_in_batch: what to divide the summed loss by, when a batch is accumulated in parts. Without it
                 the loss is the mean over this call's labels, in nats per token.
         """
@@ -359,12 +360,7 @@ class GPT2ScratchForCausalLM(GPT2ScratchPreTrainedModel, GenerationMixin):
         )
         hidden_states = outputs.last_hidden_state
         loss = logits = None
-        if (
-            labels is not None
-            and isinstance(logits_to_keep, int)
-            and logits_to_keep == 0
-            and self._skips_logits(skip_logits)
-        ):
+        if labels is not None and self._skips_logits(skip_logits, logits_to_keep):
             loss = self._loss_without_logits(hidden_states, labels, **kwargs)
         else:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -379,13 +375,15 @@ class GPT2ScratchForCausalLM(GPT2ScratchPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
         )
 
-    def _skips_logits(self, skip_logits: bool | None) -> bool:
+    def _skips_logits(self, skip_logits: bool | None, logits_to_keep: int | torch.Tensor) -> bool:
         """Whether to compute the loss without the logits, which takes the head's weight past the head's `forward`."""
         if skip_logits is None:
             skip_logits = self.training and torch.is_grad_enabled()
         head = self.lm_head
         return (
             skip_logits
+            and isinstance(logits_to_keep, int)
+            and logits_to_keep == 0
             and self.loss_function is ForCausalLMLoss
             # A head that is replaced (LoRA, quantisation), sharded (FSDP, tensor parallelism) or hooked (offloading)
             # has to be called. So has one whose weight is elsewhere at the moment.
