@@ -6,13 +6,29 @@ Shapes in the comments: N tokens, C width, V vocabulary, R tokens of a tile.
 import torch
 from torch import nn
 
-# Tokens whose logits exist at the same time, times the bytes of one. 4,096 tokens in bf16 were the fastest of 512 to
-# 4,096 at GPT-2's vocabulary: each further tile costs a pass over the weight's gradient.
+# Tokens whose logits exist at the same time, times the bytes of one: 4,096 in bf16. Each tile costs a pass over the
+# weight's gradient, so that half as many are slower; twice as many are hardly faster at GPT-2's vocabulary.
 TILE = 8192
 # On a CPU the softmax goes over blocks of so many logits, 4 MB in fp32, which stay in its cache.
 CPU_BLOCK = 1 << 20
 # Matrix products are slow where the vocabulary is no multiple of this: 50,257 takes 10 % longer than 50,304 on a CPU.
 VOCABULARY_MULTIPLE = 64
+
+
+def causal_lm_loss(
+    hidden_states: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    ignore_index: int = -100,
+    shift_labels: torch.Tensor | None = None,
+    **kwargs,
+) -> torch.Tensor:
+    """transformers' `ForCausalLMLoss`, from hidden states (B, T, C) and the head's weight instead of the logits."""
+    if shift_labels is None:
+        shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    shift_labels = shift_labels.to(hidden_states.device)
+    return linear_cross_entropy(hidden_states, weight, shift_labels, num_items_in_batch, ignore_index)
 
 
 def linear_cross_entropy(
@@ -37,25 +53,39 @@ def linear_cross_entropy(
         num_items_in_batch: what to divide the summed loss by; the number of labels that count if left out.
 
     Returns:
-        The loss in nats per token, an fp32 scalar. It can be differentiated once. Under autocast the products run in
+        The loss in nats per token, an fp32 scalar that can be differentiated once. Under autocast the products run in
         its dtype and the softmax in fp32, as they would in the plain form.
+
+    Raises:
+        ValueError: if there are not as many labels as hidden states.
     """
+    if labels.shape != hidden_states.shape[:-1]:
+        raise ValueError(
+            f"Labels of shape {tuple(labels.shape)} do not fit hidden states of shape {tuple(hidden_states.shape)}."
+        )
     labels = labels.flatten()
-    # Asked for here: inside, gradients are always off, and the inputs look as if they needed one under no_grad too.
-    grad_enabled = torch.is_grad_enabled()
-    loss = _LinearCrossEntropy.apply(hidden_states.flatten(0, -2), weight, labels, ignore_index, grad_enabled)
     if num_items_in_batch is None:
         num_items_in_batch = (labels != ignore_index).sum()
     elif isinstance(num_items_in_batch, torch.Tensor):
-        num_items_in_batch = num_items_in_batch.to(loss.device)
-    return loss / num_items_in_batch
+        num_items_in_batch = num_items_in_batch.to(hidden_states.device)
+    else:
+        num_items_in_batch = torch.full((), num_items_in_batch, device=hidden_states.device)
+    return _LinearCrossEntropy.apply(
+        hidden_states.flatten(0, -2),
+        weight,
+        labels,
+        num_items_in_batch,
+        ignore_index,
+        # Asked here: inside, gradients are always off, and the inputs look as if they needed one under no_grad too.
+        torch.is_grad_enabled(),
+    )
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Summed cross-entropy of (N, C) hidden states, with both gradients computed on the way forward."""
+    """The loss of (N, C) hidden states, with both gradients of its sum computed on the way forward."""
 
     @staticmethod
-    def forward(ctx, hidden_states, weight, labels, ignore_index, grad_enabled):
+    def forward(ctx, hidden_states, weight, labels, num_items, ignore_index, grad_enabled):
         device = hidden_states.device.type
         autocast = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if autocast else hidden_states.dtype
@@ -64,19 +94,24 @@ class _LinearCrossEntropy(torch.autograd.Function):
             loss, hidden_grad, weight_grad = _loss_and_gradients(
                 hidden_states.to(dtype), weight, labels, ignore_index, *needs_grad
             )
-        ctx.save_for_backward(hidden_grad, weight_grad)
+        ctx.save_for_backward(hidden_grad, weight_grad, num_items)
         ctx.dtypes = hidden_states.dtype, weight.dtype
-        return loss
+        return loss / num_items
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_output):
-        # In place, since nothing else holds them; a second backward pass is refused by autograd because of it.
-        gradients = (
-            None if grad is None else grad.mul_(grad_output).to(dtype)
-            for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                "This loss can be differentiated once only; skip_logits=False gives one that can twice."
+            )
+        *gradients, num_items = ctx.saved_tensors
+        # As cross_entropy: where no label counts the loss is 0 / 0, and the gradients are zeros all the same.
+        scale = (grad_output / num_items).masked_fill(num_items == 0, 0)
+        hidden_grad, weight_grad = (
+            None if gradient is None else (gradient * scale).to(dtype)
+            for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
         )
-        return *gradients, None, None, None
+        return hidden_grad, weight_grad, None, None, None, None
 
 
 def _loss_and_gradients(

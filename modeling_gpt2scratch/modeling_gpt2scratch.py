@@ -6,6 +6,7 @@ Shapes in the comments: B batch, T tokens of this call, H heads, D width of a he
 import math
 from copy import deepcopy
 from dataclasses import fields
+from threading import RLock
 
 import torch
 from torch import nn
@@ -27,10 +28,15 @@ from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_gpt2scratch import GPT2ScratchConfig
-from .linear_cross_entropy import linear_cross_entropy
+from .linear_cross_entropy import causal_lm_loss
 from .packing import causal_mask_of_packed_documents
 
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+AUTO_MAP = {
+    "AutoModel": "modeling_gpt2scratch.GPT2ScratchModel",
+    "AutoModelForCausalLM": "modeling_gpt2scratch.GPT2ScratchForCausalLM",
+}
+LOADING = RLock()  # one model at a time, since transformers' register of weight names is the process's
 
 
 def eager_attention_forward(
@@ -172,13 +178,14 @@ class GPT2ScratchPreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, *args, **kwargs):
         """As transformers', of this model's own checkpoints and of any stock GPT-2's."""
         # Registered for the time of loading only: transformers takes a map that stays for a model's own file format.
-        register_checkpoint_conversion_mapping(cls.config_class.model_type, FROM_STOCK_GPT2, overwrite=True)
-        try:
-            return super().from_pretrained(*args, **kwargs)
-        finally:
-            register_checkpoint_conversion_mapping(cls.config_class.model_type, [], overwrite=True)
+        with LOADING:
+            register_checkpoint_conversion_mapping(cls.config_class.model_type, FROM_STOCK_GPT2, overwrite=True)
+            try:
+                return super().from_pretrained(*args, **kwargs)
+            finally:
+                register_checkpoint_conversion_mapping(cls.config_class.model_type, [], overwrite=True)
 
-    def save_pretrained(self, save_directory, save_original_format: bool = False, **kwargs):
+    def save_pretrained(self, save_directory, *args, save_original_format: bool = False, **kwargs):
         """
         As transformers', in this model's own layout, with its code beside it.
 
@@ -186,9 +193,18 @@ class GPT2ScratchPreTrainedModel(PreTrainedModel):
             save_original_format: write a stock GPT-2 instead, which `GPT2LMHeadModel`, and all that reads its
                 checkpoints, loads without this code. (transformers' default is True; of a model that was loaded from a
                 stock checkpoint, a resume that loads the weights by name would then start from random ones.)
+
+        Raises:
+            ValueError: for a stock GPT-2 of a model with adapters.
         """
         if not save_original_format:
-            return super().save_pretrained(save_directory, save_original_format=False, **kwargs)
+            if self._auto_class is not None:  # transformers adds only the class that is saved
+                self.config.auto_map = {**(getattr(self.config, "auto_map", None) or {}), **AUTO_MAP}
+            return super().save_pretrained(save_directory, *args, save_original_format=False, **kwargs)
+        if getattr(self, "_hf_peft_config_loaded", False):
+            raise ValueError(
+                f"A stock GPT-2 has no place for adapters ({', '.join(self.peft_config)}): merge them first."
+            )
         state_dict = kwargs.pop("state_dict", None)
         state_dict = self.state_dict() if state_dict is None else dict(state_dict)
         for name, weight in list(state_dict.items()):
@@ -203,7 +219,7 @@ class GPT2ScratchPreTrainedModel(PreTrainedModel):
             stock = (GPT2LMHeadModel if self.can_generate() else GPT2Model)(config).to(self.dtype)
         if self.can_generate():
             stock.generation_config = self.generation_config
-        return stock.save_pretrained(save_directory, state_dict=state_dict, **kwargs)
+        return stock.save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
 
 
 class GPT2ScratchModel(GPT2ScratchPreTrainedModel):
@@ -300,7 +316,7 @@ class GPT2ScratchModel(GPT2ScratchPreTrainedModel):
 
 def _check_token_ids(ids: torch.Tensor, vocab_size: int) -> None:
     """On a CPU only: on a GPU, to look at the ids is to wait for them."""
-    if ids.device.type != "cpu" or is_tracing(ids):
+    if ids.device.type != "cpu" or is_tracing(ids) or torch._C._are_functorch_transforms_active():
         return
     outside = ids[(ids < 0) | (ids >= vocab_size)]
     if len(outside) > 0:
@@ -361,7 +377,7 @@ class GPT2ScratchForCausalLM(GPT2ScratchPreTrainedModel, GenerationMixin):
         hidden_states = outputs.last_hidden_state
         loss = logits = None
         if labels is not None and self._skips_logits(skip_logits, logits_to_keep):
-            loss = self._loss_without_logits(hidden_states, labels, **kwargs)
+            loss = causal_lm_loss(hidden_states, self.lm_head.weight, labels, **kwargs)
         else:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden_states[:, kept, :])  # (B, kept, vocabulary)
@@ -385,28 +401,19 @@ class GPT2ScratchForCausalLM(GPT2ScratchPreTrainedModel, GenerationMixin):
             and isinstance(logits_to_keep, int)
             and logits_to_keep == 0
             and self.loss_function is ForCausalLMLoss
-            # A head that is replaced (LoRA, quantisation), sharded (FSDP, tensor parallelism) or hooked (offloading)
-            # has to be called. So has one whose weight is elsewhere at the moment.
+            and not torch._C._are_functorch_transforms_active()  # per-sample gradients and the like
+            # Any other head than the plain one has to be called: one that is replaced (LoRA, quantisation), sharded
+            # (FSDP, tensor parallelism), patched or hooked (offloading), or whose weight is elsewhere at the moment.
             and type(head) is nn.Linear
+            and head.bias is None
             and type(head.weight) is nn.Parameter
             and head.weight.shape == (head.out_features, head.in_features)
-            and not (head._forward_hooks or head._forward_pre_hooks or hasattr(head, "_hf_hook"))
+            and head.weight.device.type != "meta"
+            and "forward" not in head.__dict__
+            and not (
+                head._forward_hooks or head._forward_pre_hooks or head._backward_hooks or head._backward_pre_hooks
+            )
         )
-
-    def _loss_without_logits(
-        self,
-        hidden_states: torch.Tensor,
-        labels: torch.Tensor,
-        num_items_in_batch: torch.Tensor | int | None = None,
-        ignore_index: int = -100,
-        shift_labels: torch.Tensor | None = None,
-        **kwargs,
-    ) -> torch.Tensor:
-        """As transformers' `ForCausalLMLoss`, from the hidden states."""
-        if shift_labels is None:
-            shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-        shift_labels = shift_labels.to(hidden_states.device)
-        return linear_cross_entropy(hidden_states, self.lm_head.weight, shift_labels, num_items_in_batch, ignore_index)
 
 
 # From the names and layouts of stock GPT-2 to those of this file, and, read backwards, the other way. Stock linear

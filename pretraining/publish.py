@@ -74,8 +74,6 @@ def export(
         max_new_tokens=min(256, n_positions // 2),
     )
     tokenizer.model_max_length = n_positions
-    # save_pretrained adds the class that is saved; the headless model has to be named by hand.
-    model.config.auto_map = {"AutoModel": "modeling_gpt2scratch.GPT2ScratchModel"}
     model.save_pretrained(folder, state_dict=state_dict)
     tokenizer.save_pretrained(folder)
     model_card(record, model).save(folder / "README.md")

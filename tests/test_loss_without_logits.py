@@ -73,17 +73,30 @@ def test_only_the_gradients_that_are_needed_are_computed():
     assert products.number == 1
 
 
-def test_a_second_backward_pass_is_refused_rather_than_wrong():
-    loss = linear_cross_entropy(*inputs())
-    loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError):
-        loss.backward()
-
-
-def test_labels_that_all_count_for_nothing_give_no_gradient_when_the_batch_has_others():
+def test_a_second_backward_pass_adds_the_same_and_a_second_derivative_is_refused():
     hidden_states, weight, labels = inputs()
-    linear_cross_entropy(hidden_states, weight, torch.full_like(labels, -100), num_items_in_batch=10).backward()
+    loss = linear_cross_entropy(hidden_states, weight, labels)
+    loss.backward(retain_graph=True)
+    once = weight.grad.clone()
+    loss.backward(retain_graph=True)
+    torch.testing.assert_close(weight.grad, 2 * once)
+    with pytest.raises(RuntimeError, match="once only"):
+        torch.autograd.grad(loss, weight, create_graph=True)
+
+
+@pytest.mark.parametrize("num_items_in_batch", [None, 0, torch.tensor(0), 10])
+def test_a_batch_without_labels_that_count_leaves_the_weights_alone(num_items_in_batch):
+    hidden_states, weight, labels = inputs()
+    loss = linear_cross_entropy(hidden_states, weight, torch.full_like(labels, -100), num_items_in_batch)
+    loss.backward()
+    assert loss == 0 if num_items_in_batch == 10 else loss.isnan()  # 0 / 0, as cross_entropy has it
     assert hidden_states.grad.abs().max() == 0 and weight.grad.abs().max() == 0
+
+
+@pytest.mark.parametrize("shape", [(3, 8), (2, 9), (2, 7), (16,)])
+def test_labels_of_another_shape_are_refused_by_both_shapes(shape):
+    with pytest.raises(ValueError, match=rf"\({shape[0]},.* do not fit .*\(2, 8, 48\)"):
+        tiny_model().train()(random_ids(2, 8), labels=random_ids(*shape))
 
 
 class CountProducts(TorchDispatchMode):
@@ -179,6 +192,15 @@ def replaced(model):
     model.lm_head = head
 
 
+def biased(model):
+    model.set_output_embeddings(nn.Linear(48, 101))
+
+
+def patched(model):
+    forward = model.lm_head.forward
+    model.lm_head.forward = lambda hidden_states: 2 * forward(hidden_states)
+
+
 def hooked(model):
     model.lm_head.register_forward_hook(lambda module, arguments, output: 2 * output)
 
@@ -187,7 +209,7 @@ def with_a_loss_of_its_own(model):
     model.loss_function = lambda logits, labels, **kwargs: (2 * logits).logsumexp(-1).mean()
 
 
-@pytest.mark.parametrize("change", [replaced, hooked, with_a_loss_of_its_own])
+@pytest.mark.parametrize("change", [replaced, biased, patched, hooked, with_a_loss_of_its_own])
 def test_a_head_or_loss_that_was_changed_is_called(change):
     """What LoRA, quantisation, offloading and others do to a model."""
     model = tiny_model().train()
@@ -198,6 +220,32 @@ def test_a_head_or_loss_that_was_changed_is_called(change):
     assert output.logits is not None
     assert not torch.isclose(output.loss, before)
     torch.testing.assert_close(output.loss, model(ids, labels=ids, skip_logits=False).loss)
+
+
+def test_a_backward_hook_of_the_head_is_called():
+    model = tiny_model().train()
+    calls = []
+    model.lm_head.register_full_backward_hook(lambda *arguments: calls.append(arguments))
+    model(random_ids(2, 10), labels=random_ids(2, 10)).loss.backward()
+    assert len(calls) == 1
+
+
+def test_gradients_of_each_row_by_vmap():
+    model = tiny_model().train()
+    model.set_attn_implementation("eager")
+    parameters = dict(model.named_parameters())
+    ids = random_ids(3, 10)
+
+    def loss_of(parameters, row):
+        arguments = {"input_ids": row.unsqueeze(0), "labels": row.unsqueeze(0), "use_cache": False}
+        return torch.func.functional_call(model, parameters, kwargs=arguments).loss
+
+    gradients = torch.func.vmap(torch.func.grad(loss_of), in_dims=(None, 0))(parameters, ids)
+    for row in range(3):
+        model.zero_grad()
+        model(ids[row : row + 1], labels=ids[row : row + 1]).loss.backward()
+        name = "model.layers.1.mlp.up_proj.weight"
+        torch.testing.assert_close(gradients[name][row], parameters[name].grad, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("autocast", [False, True])

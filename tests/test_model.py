@@ -113,7 +113,6 @@ def test_a_saved_model_loads_with_the_auto_classes(tmp_path):
 def test_a_fresh_process_loads_the_saved_folder_with_its_own_code_alone(tmp_path):
     model = tiny_model()
     randomise(model)
-    model.config.auto_map = {"AutoModel": "modeling_gpt2scratch.GPT2ScratchModel"}
     model.save_pretrained(tmp_path / "saved")
     program = """
 import importlib.util, torch

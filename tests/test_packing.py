@@ -4,7 +4,8 @@ from itertools import product
 
 import pytest
 import torch
-from tiny_models import random_ids, randomise, tiny_model
+from tiny_models import random_ids, randomise, stock_model_with_the_weights_of, tiny_model
+from transformers import DynamicCache
 
 LENGTHS = [(5, 1, 7, 3), (16,)]  # of the documents in two rows of 16 tokens
 
@@ -92,6 +93,32 @@ def test_padding_next_to_packed_documents():
         mask = torch.nn.functional.pad(torch.ones(1, 16, dtype=torch.long), padding)
         logits = model(padded_ids, position_ids=padded_positions, attention_mask=mask).logits
         torch.testing.assert_close(logits[mask.bool()].unsqueeze(0), expected, rtol=0, atol=2e-5)
+
+
+def test_next_to_a_cache_that_is_still_empty():
+    model = packed_model()
+    ids, position_ids = packed_batch()
+    cache = DynamicCache(config=model.config)
+    logits = model(ids, position_ids=position_ids, past_key_values=cache, use_cache=True).logits
+    torch.testing.assert_close(logits, one_at_a_time(model, ids), rtol=0, atol=2e-5)
+    assert cache.get_seq_length() == 16
+
+
+@pytest.mark.parametrize("in_the_gap", [0, 2, 23])
+def test_a_gap_in_the_mask_or_in_the_positions_begins_no_document(in_the_gap):
+    """A right-padded prompt and its completion, whose positions go on behind the gap; whatever stands in the gap."""
+    model = packed_model()
+    ids = random_ids(1, 10)
+    mask = torch.tensor([[1, 1, 1, 1, 0, 0, 0, 1, 1, 1]])
+    position_ids = (mask.cumsum(-1) - 1).masked_fill(mask == 0, in_the_gap)
+    logits = model(ids, attention_mask=mask, position_ids=position_ids).logits
+    kept = mask[0].bool()
+    torch.testing.assert_close(logits[:, kept], model(ids[:, kept]).logits, rtol=0, atol=2e-5)
+    stock = stock_model_with_the_weights_of(model)
+    jump = torch.tensor([[0, 1, 2, 3, 4, 9, 10, 11, 12, 20]])
+    ones = torch.ones_like(ids)
+    expected = stock(ids, attention_mask=ones, position_ids=jump).logits
+    torch.testing.assert_close(model(ids, attention_mask=ones, position_ids=jump).logits, expected, rtol=0, atol=2e-5)
 
 
 def test_where_nothing_is_packed_no_mask_is_made():

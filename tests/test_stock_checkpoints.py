@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from conftest import run, succeed
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from tiny_models import (
     SHAPE,
@@ -140,6 +141,14 @@ def test_a_headless_model_is_exported_as_one(tmp_path):
     ids = random_ids(2, 12)
     expected = load(tmp_path, GPT2Model)(ids).last_hidden_state
     torch.testing.assert_close(ours(ids).last_hidden_state, expected, rtol=0, atol=1e-5)
+
+
+def test_adapters_are_not_exported_in_silence(tmp_path):
+    ours = tiny_model()
+    ours.add_adapter(LoraConfig(target_modules=["q_proj"]), adapter_name="mine")
+    with pytest.raises(ValueError, match=r"adapters \(mine\)"):
+        ours.save_pretrained(tmp_path / "out", save_original_format=True)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
