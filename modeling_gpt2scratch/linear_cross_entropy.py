@@ -44,7 +44,7 @@ def linear_cross_entropy(
     The logits are made for one tile of tokens after the other, and their gradients right away: what is kept for the
     backward pass has the size of `hidden_states` and of `weight`, not of the logits. The matrix products run on a
     vocabulary padded with zeros to a multiple of 64, as in nanoGPT; the softmax never sees the padding. The idea is
-    that of Liger Kernel's fused linear cross entropy (Hsu et al. 2024, arXiv:2410.10989, section 3.2).
+    that of Liger Kernel's fused linear cross entropy (Hsu et al. 2024, arXiv:2410.10989).
 
     Args:
         hidden_states (`(..., C)`): what the head would get.
@@ -132,7 +132,7 @@ def _loss_and_gradients(
     loss = torch.zeros((), dtype=torch.float32, device=weight.device)
     hidden_grad = torch.empty_like(hidden_states) if needs_hidden_grad else None
     weight_grad = torch.zeros_like(weight, dtype=torch.float32) if needs_weight_grad else None
-    rows = min(TILE // hidden_states.element_size(), hidden_states.shape[0])
+    rows = max(1, min(TILE // hidden_states.element_size(), hidden_states.shape[0]))
     buffer = hidden_states.new_empty(rows, vocab_size + padding)  # one for all tiles: fresh memory is slow memory
     for start in range(0, hidden_states.shape[0], rows):
         tile = slice(start, start + rows)
