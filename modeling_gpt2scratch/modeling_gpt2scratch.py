@@ -296,9 +296,9 @@ class GPT2ScratchModel(GPT2ScratchPreTrainedModel):
         """Positions of the new tokens, (1, T): they go on where the cache ends."""
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         length = inputs_embeds.shape[1]
-        # A static cache counts in a tensor; comparing it would force a synchronisation, and break a compiled graph.
-        if isinstance(past, int):
-            self._check_length(past + length)
+        # A static cache counts in a tensor: to compare it is to wait for a GPU, and breaks a compiled graph.
+        if isinstance(past, int) or (past.device.type == "cpu" and not is_tracing(past)):
+            self._check_length(int(past) + length)
         return (torch.arange(length, device=inputs_embeds.device) + past).unsqueeze(0)
 
     def _check_positions(self, position_ids: torch.Tensor, past_key_values: Cache | None) -> None:

@@ -7,7 +7,15 @@ import pytest
 import torch
 from conftest import run, succeed
 from tiny_models import SHAPE, random_ids, randomise, stock_model_with_the_weights_of, tiny_model
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    DynamicCache,
+    GPT2Config,
+    GPT2LMHeadModel,
+    StaticCache,
+)
 
 from modeling_gpt2scratch import PRESETS, GPT2ScratchConfig, GPT2ScratchForCausalLM, GPT2ScratchModel
 
@@ -138,9 +146,10 @@ def test_a_sequence_beyond_the_positions_is_refused_with_both_lengths():
         model(torch.zeros(1, 25, dtype=torch.long))
     with pytest.raises(ValueError, match=r"25 tokens .* 24 positions"):
         model.generate(torch.ones(1, 20, dtype=torch.long), max_new_tokens=9, min_new_tokens=9, pad_token_id=0)
-    cache = model(torch.zeros(1, 20, dtype=torch.long), use_cache=True).past_key_values
-    with pytest.raises(ValueError, match=r"25 tokens .* 24 positions"):
-        model(torch.zeros(1, 5, dtype=torch.long), past_key_values=cache)
+    for cache in (DynamicCache(config=model.config), StaticCache(model.config, max_cache_len=40)):
+        model(torch.zeros(1, 20, dtype=torch.long), past_key_values=cache)
+        with pytest.raises(ValueError, match=r"25 tokens .* 24 positions"):
+            model(torch.zeros(1, 5, dtype=torch.long), past_key_values=cache)
 
 
 @pytest.mark.parametrize("outside", [101, -1])
