@@ -156,7 +156,9 @@ def test_the_model_trains_the_same_with_and_without_logits(num_items_in_batch, c
     torch.testing.assert_close(output.loss, expected.loss, rtol=1e-6, atol=0)
     for name, gradient in gradients.items():
         if "k_proj.bias" not in name:  # zero but for rounding: softmax does not see it
-            assert_equal_to(expected_gradients[name], gradient, 1e-5)
+            # Either form is 1.3e-6 from float64: rounding on the way back through the layers, not of the loss.
+            expected_gradient = expected_gradients[name]
+            assert (gradient - expected_gradient).norm() < 2e-6 * expected_gradient.norm(), name
 
 
 def test_labels_that_were_shifted_before_and_an_ignore_index():
