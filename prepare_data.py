@@ -13,30 +13,29 @@ import itertools
 import json
 import lzma
 import os
-import shutil
 import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from pretraining.arguments import UserError, flag, parse_arguments, run_script
-from pretraining.corpus import (
-    Corpus,
-    embedded_corpus,
-    hub_corpus,
-    local_corpus,
-    split_documents,
-)
-from pretraining.data import FORMAT_VERSION, ShardWriter, read_data_folder
-from pretraining.files import INCOMPLETE
+from pretraining.corpus import Corpus, embedded_corpus, hub_corpus, local_corpus, split_documents
+from pretraining.encoding import encode_documents
+from pretraining.files import folder_in_progress
+from pretraining.publish_data import push_dataset
+from pretraining.shards import FORMAT_VERSION, ShardWriter, read_data_folder
 from pretraining.tokenizer import SMALLEST_VOCABULARY, load_tokenizer, tokenizer_fingerprint, train_tokenizer
 
-DOCUMENTS_PER_BATCH = 256
+CONTENTS = {"train", "validation", "tokenizer", "dataset.json", "README.md"}
 TOKENIZER_TRAINING_BYTES = 1 << 30  # more text does not change which pairs are frequent
-COMPRESSION_LIMIT_BYTES = 64 << 20  # xz -9 takes some 30 s for this much
+COMPRESSION_LIMIT_BYTES = 2 << 20  # xz -9 takes a second for this much
+# Flags that do not decide what a data folder holds, or are recorded as its source.
+NEUTRAL = """output_dir dataset_name dataset_config_name dataset_revision train_file validation_file num_proc
+    push_to_hub hub_private_repo"""
 
 
 @dataclass
@@ -56,6 +55,8 @@ class PrepareArguments:
     num_proc: int = flag(None, "CPU cores to tokenise on; all of them if left out")
     shard_tokens: int = flag(100_000_000, "tokens in a shard")
     seed: int = flag(42, "decides which documents are for validation")
+    push_to_hub: str = flag(None, "publish the data folder as this dataset on the Hub, as USER/NAME")
+    hub_private_repo: bool = flag(False, "make that a private one")
 
     def problems(self) -> list[str]:
         found = []
@@ -79,8 +80,11 @@ class PrepareArguments:
         return found
 
     def settings(self) -> dict:
-        """The flags that decide what the folder holds."""
-        return {key: value for key, value in asdict(self).items() if key not in ("output_dir", "num_proc")}
+        """The flags that, with the source, decide what the folder holds. No local path is among them."""
+        settings = {key: value for key, value in asdict(self).items() if key not in NEUTRAL.split()}
+        if self.tokenizer_name and Path(self.tokenizer_name).is_dir():
+            settings["tokenizer_name"] = Path(self.tokenizer_name).resolve().name
+        return settings
 
 
 def main() -> None:
@@ -97,7 +101,17 @@ def main() -> None:
         source["validation"] = validation_corpus.description
     if already_prepared(output_dir, args, source):
         print(f"{output_dir} is already prepared from these settings; delete it to make it again")
-        return
+    else:
+        prepare(output_dir, args, source, train_corpus, validation_corpus)
+    if args.push_to_hub:
+        print(f"published as {push_dataset(output_dir, args.push_to_hub, args.hub_private_repo)}")
+
+
+def prepare(
+    output_dir: Path, args: PrepareArguments, source: dict, train_corpus: Corpus, validation_corpus: Corpus | None
+) -> None:
+    """Make the data folder: it is there when all of it is there, and else not at all."""
+    corpora = [train_corpus, *([validation_corpus] if validation_corpus else [])]
 
     def documents() -> Iterator[tuple[str, str]]:
         if validation_corpus is None:
@@ -106,19 +120,18 @@ def main() -> None:
         return itertools.chain((("validation", document) for document in validation_corpus), train)
 
     tokenizer = get_tokenizer(args, documents())
-    incomplete = output_dir.with_name(output_dir.name + INCOMPLETE)
-    shutil.rmtree(incomplete, ignore_errors=True)  # of a run that was stopped: this one starts over
-    try:
-        incomplete.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"--output_dir {output_dir} cannot be written: {error.strerror}") from None
-    try:
-        total = train_corpus.size and train_corpus.size + (validation_corpus.size if validation_corpus else 0)
-        splits = pack(documents(), tokenizer, incomplete, args, total)
-        tokenizer.save_pretrained(incomplete / "tokenizer")
+    with folder_in_progress(output_dir, CONTENTS) as folder:
+        progress = Progress(corpora, args.max_train_tokens)
+        splits = pack(documents(), tokenizer, folder, args, progress)
+        tokenizer.save_pretrained(folder / "tokenizer")
+        # Documents are read ahead of the last one that --max_train_tokens lets in, how far depends on the cores.
+        last = splits["train"]["documents"] + (0 if validation_corpus else splits["validation"]["documents"])
+        counts = [train_corpus.counts(last if args.max_train_tokens else None)]
+        counts += [validation_corpus.counts()] if validation_corpus else []
         info = {
             "format_version": FORMAT_VERSION,
             "source": source,
+            "documents": {name: sum(each[name] for each in counts) for name in counts[0]},
             "tokenizer": {
                 "fingerprint": tokenizer_fingerprint(tokenizer),
                 "vocab_size": len(tokenizer),
@@ -128,11 +141,8 @@ def main() -> None:
             "settings": args.settings(),
             "splits": splits,
         }
-        (incomplete / "dataset.json").write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
-        os.replace(incomplete, output_dir)
-    finally:
-        shutil.rmtree(incomplete, ignore_errors=True)
-    print(summary(output_dir, splits))
+        (folder / "dataset.json").write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
+    print(summary(output_dir, info))
 
 
 def read_sources(args: PrepareArguments) -> tuple[Corpus, Corpus | None]:
@@ -195,34 +205,52 @@ def pack(
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     args: PrepareArguments,
-    total: int | None,
+    progress: "Progress",
 ) -> dict[str, dict]:
     """
     Tokenise and write both splits, reading the documents once.
 
     Args:
         documents: (split, text) pairs.
-        total: bytes of all documents, if known.
 
     Returns:
         `{"train": statistics, "validation": statistics}` for dataset.json.
     """
-    backend = tokenizer.backend_tokenizer
-    backend.encode_special_tokens = True  # "<|endoftext|>" inside a text is text, not the end of the document
     splits = {name: Split(name, tokenizer, folder, args) for name in ("train", "validation")}
-    with tqdm(desc="tokenising", unit="tok", unit_scale=True) as bar:
-        for batch in _batches(documents, DOCUMENTS_PER_BATCH):
-            encodings = backend.encode_batch_fast([text for _, text in batch], add_special_tokens=False)
-            for (name, text), encoding in zip(batch, encodings, strict=True):
-                splits[name].add(text, encoding.ids)
-                bar.update(len(encoding.ids) + 1)
-            read = sum(split.bytes for split in splits.values())
-            if total and read:
-                bar.total = int(bar.n * total / read)  # an estimate from the tokens per byte so far
+    with progress:
+        for name, text, token_ids in encode_documents(documents, tokenizer, args.num_proc or usable_cores()):
+            splits[name].add(text, token_ids)
+            progress.update(splits, len(token_ids))
             if splits["train"].is_full:
                 break
-    backend.encode_special_tokens = False
     return {name: split.close() for name, split in splits.items()}
+
+
+class Progress:
+    """A bar in tokens. Their number is an estimate, from how much of the text they were so far."""
+
+    def __init__(self, corpora: list[Corpus], max_train_tokens: int | None):
+        self.size = sum(corpus.size or 0 for corpus in corpora)
+        self.num_documents = sum(corpus.num_documents or 0 for corpus in corpora)
+        self.max_train_tokens = max_train_tokens
+
+    def __enter__(self) -> "Progress":
+        self.bar = tqdm(desc="tokenising", unit="tok", unit_scale=True)
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.bar.close()
+
+    def update(self, splits: dict[str, "Split"], tokens: int) -> None:
+        if not self.bar.update(tokens):
+            return  # nothing was drawn
+        whole_and_part = [
+            (self.size, sum(split.bytes for split in splits.values())),
+            (self.num_documents, sum(split.documents for split in splits.values())),
+            (self.max_train_tokens, splits["train"].tokens),
+        ]
+        totals = [self.bar.n * whole / part for whole, part in whole_and_part if whole and part]
+        self.bar.total = int(min(totals)) if totals else None
 
 
 class Split:
@@ -231,7 +259,6 @@ class Split:
     def __init__(self, name: str, tokenizer: PreTrainedTokenizerBase, folder: Path, args: PrepareArguments):
         self.name = name
         self.writer = ShardWriter(folder / name, args.block_size, len(tokenizer), args.shard_tokens)
-        self.eos_token_id = tokenizer.eos_token_id
         self.max_tokens = args.max_train_tokens if name == "train" else None
         self.documents = self.tokens = self.bytes = 0
         self.compressed = Compressed() if name == "validation" else None
@@ -240,13 +267,14 @@ class Split:
     def is_full(self) -> bool:
         return self.max_tokens is not None and self.tokens >= self.max_tokens
 
-    def add(self, text: str, token_ids: list[int]) -> None:
+    def add(self, text: str, token_ids: np.ndarray) -> None:
+        """Of one document, its text and its ids with the end-of-text token."""
         if self.is_full:
             return
-        encoded = text.encode("utf-8", errors="replace")
-        self.writer.add([*token_ids, self.eos_token_id])
+        encoded = text.encode()
+        self.writer.add(token_ids)
         self.documents += 1
-        self.tokens += len(token_ids) + 1
+        self.tokens += len(token_ids)
         self.bytes += len(encoded)
         if self.compressed:
             self.compressed.add(encoded)
@@ -296,14 +324,19 @@ class Compressed:
         return {name: self.written[name] + len(compressor.flush()) for name, compressor in self.compressors.items()}
 
 
-def summary(output_dir: Path, splits: dict) -> str:
+def summary(output_dir: Path, info: dict) -> str:
     lines = [f"wrote {output_dir}"]
-    for name, split in splits.items():
+    for name, split in info["splits"].items():
         lines.append(
             f"  {name:<10} {split['documents']:>9,} documents {split['bytes']:>14,} bytes "
             f"{split['tokens']:>13,} tokens {split['rows']:>9,} rows ({split['dropped_tokens']} tokens dropped)"
         )
-    validation = splits["validation"]
+    counts = info["documents"]
+    if counts["without_text"]:
+        lines.append(f"  {counts['without_text']:,} documents without text were left out")
+    if counts["with_invalid_utf8"]:
+        lines.append(f"  {counts['with_invalid_utf8']:,} documents with invalid UTF-8, which became U+FFFD")
+    validation = info["splits"]["validation"]
     if validation["compressed_bytes"]:
         sizes = validation["compressed_bytes"].items()
         rates = ", ".join(f"{name} {8 * size / validation['bytes']:.2f}" for name, size in sizes)
@@ -311,10 +344,9 @@ def summary(output_dir: Path, splits: dict) -> str:
     return "\n".join(lines)
 
 
-def _batches(documents: Iterator[tuple[str, str]], size: int) -> Iterator[list[tuple[str, str]]]:
-    documents = iter(documents)
-    while batch := list(itertools.islice(documents, size)):
-        yield batch
+def usable_cores() -> int:
+    """Cores that this process may use, which in a container can be fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import difflib
+import json
 import os
 import sys
 import textwrap
@@ -25,6 +26,10 @@ class UserError(ValueError):
     def __init__(self, *problems: str):
         self.problems = problems
         super().__init__("\n".join(problems))
+
+
+class ProcessError(UserError):
+    """A `UserError` that the other processes of a launch know nothing of."""
 
 
 def flag(default, help: str, **kwargs):
@@ -91,7 +96,8 @@ def run_script(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":  # all processes of a launch find the same problems: say them once
+        # All processes of a launch find the same problems, most often: say those once.
+        if os.environ.get("RANK", "0") == "0" or isinstance(error, ProcessError):
             for problem in error.problems:
                 print(f"{Path(sys.argv[0]).name}: error: {problem}", file=sys.stderr)
         sys.exit(2)
@@ -139,7 +145,7 @@ def _read_recipe(path: str | None, names: list[str], problems: list[str]) -> lis
             problems.append(f"{path}: unknown key '{key}'{nearest(str(key), names)}")
         elif value is not None and value != []:
             values = value if isinstance(value, list) else [value]
-            argv += [f"--{key}", *map(str, values)]
+            argv += [f"--{key}", *(json.dumps(value) if isinstance(value, dict) else str(value) for value in values)]
     return argv
 
 

@@ -3,6 +3,7 @@ Checkpoints that are whole or not there: written beside their final name, listed
 
 checkpoint-000500/   config.json, model.safetensors, optimizer*.bin, random_states_<rank>.pkl   what accelerate saves
                      position.json   the loop's own state
+                     stream_<rank>.json   where a stream stands, if the data is one
                      manifest.json   written last: size and sha256 of every other file
 """
 
@@ -40,12 +41,19 @@ def register_model_hooks(accelerator: Accelerator) -> None:
     accelerator.register_load_state_pre_hook(load_model)
 
 
-def save_checkpoint(accelerator: Accelerator, output_dir: Path, position: dict, save_total_limit: int) -> Path:
+def save_checkpoint(
+    accelerator: Accelerator,
+    output_dir: Path,
+    position: dict,
+    stream_position: dict | None,
+    save_total_limit: int,
+) -> Path:
     """
     Write `checkpoint-<step>` of all processes, then delete the oldest beyond `save_total_limit`.
 
     Args:
         position: the loop's own state, JSON; `position["step"]` is the number of optimizer steps done.
+        stream_position: of this process's stream, JSON, if the data is one.
     """
     final = output_dir / f"checkpoint-{position['step']:06d}"
     folder = final.with_name(final.name + INCOMPLETE)
@@ -53,6 +61,8 @@ def save_checkpoint(accelerator: Accelerator, output_dir: Path, position: dict, 
         shutil.rmtree(folder, ignore_errors=True)
     accelerator.wait_for_everyone()
     accelerator.save_state(str(folder))
+    if stream_position is not None:
+        write_text(_stream_file(folder, accelerator), json.dumps(stream_position) + "\n")
     accelerator.wait_for_everyone()  # save_state does not wait for the other processes' files
     if accelerator.is_main_process:
         write_text(folder / "position.json", json.dumps(position, indent=2) + "\n")
@@ -92,6 +102,12 @@ def load_checkpoint(accelerator: Accelerator, folder: Path, refuse: Callable[[di
     accelerator.load_state(str(folder))
     accelerator.step = 0  # accelerate's micro-step counter: a checkpoint is always between two optimizer steps
     return position
+
+
+def stream_position(accelerator: Accelerator, folder: Path) -> dict | None:
+    """What `save_checkpoint` was given by this process; to be asked for after `load_checkpoint`, which checks it."""
+    path = _stream_file(folder, accelerator)
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def verify(folder: Path) -> list[str]:
@@ -140,6 +156,10 @@ def checkpoint_to_resume(output_dir: Path, resume_from_checkpoint: str) -> Path 
         return folder
     checkpoints = complete_checkpoints(output_dir)
     return checkpoints[-1] if checkpoints else None
+
+
+def _stream_file(folder: Path, accelerator: Accelerator) -> Path:
+    return folder / f"stream_{accelerator.process_index}.json"
 
 
 def _describe_files(folder: Path) -> dict:

@@ -1,64 +1,137 @@
 """Where documents come from, and which of them are for validation."""
 
+import bisect
 import glob
 import hashlib
 import itertools
+import json
 import logging
 import random
 import sys
 import sysconfig
+import time
+from array import array
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from datasets import IterableDataset, load_dataset
+import pyarrow.parquet as pq
+from datasets import IterableDataset, Value, load_dataset
+from datasets.distributed import split_dataset_by_node
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError
 
 from pretraining.arguments import UserError, one_line
 
 # datasets logs what it could not read before it raises; the error says it once.
 logging.getLogger("datasets").setLevel(logging.CRITICAL)
 
-LOADERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+logger = logging.getLogger(__name__)
+
+ROWS_PER_READ = 64
+RETRY_SECONDS = (1, 2, 4, 8, 15, 30, 60, 60, 60, 60)  # five minutes: a Hub that is restarted
+KINDS = (".txt", ".jsonl", ".json", ".parquet")
 
 
 @dataclass(frozen=True)
 class Corpus:
     """
-    Documents that can be read again from the start, in the same order.
+    Documents that can be read again from the start, in the same order. Iterating yields their texts, each a valid
+    string that is not empty.
 
     Attributes:
-        documents: rows with a string (or null) under `text_column`.
+        documents: rows with a string, UTF-8 bytes or null under `text_column`.
         description: where they come from, for dataset.json and the model card. Holds no local path.
-        size: bytes of text if known before reading, for the progress bar.
+        size, num_documents: bytes of text, or documents, if known before reading; for the progress bar.
     """
 
     documents: IterableDataset
     text_column: str
     description: dict
     size: int | None = None
+    num_documents: int | None = None
+    _without_text: array = field(default_factory=lambda: array("q"))  # how many texts came before each
+    _with_invalid_utf8: array = field(default_factory=lambda: array("q"))
 
     def __iter__(self) -> Iterator[str]:
-        for index, row in enumerate(self._rows()):
-            if self.text_column not in row:
-                names = ", ".join(sorted(row))
-                raise UserError(f"--text_column {self.text_column}: no such column, the data has: {names}")
-            text = row[self.text_column]
-            if text is not None and not isinstance(text, str):
-                kind = type(text).__name__
-                raise UserError(f"--text_column {self.text_column}: row {index} holds a {kind} instead of a text")
-            if text:  # null and empty documents hold no text
-                yield text
+        return itertools.chain.from_iterable(self.batches())
 
-    def _rows(self) -> Iterator[dict]:
-        rows = iter(self.documents)
+    def batches(self) -> Iterator[list[str]]:
+        """
+        The texts of `ROWS_PER_READ` rows at a time; a list may be empty. After each, `documents.state_dict()` is
+        where the next begins.
+        """
+        del self._without_text[:], self._with_invalid_utf8[:]
+        before = 0
+        for number, columns in enumerate(self._reads()):
+            if self.text_column not in columns:
+                names = ", ".join(sorted(columns))
+                raise UserError(f"--text_column {self.text_column}: no such column, the data has: {names}")
+            values = columns[self.text_column]
+            for index, value in enumerate(values, number * ROWS_PER_READ):
+                if value is not None and not isinstance(value, str | bytes):
+                    kind = type(value).__name__
+                    raise UserError(f"--text_column {self.text_column}: row {index} holds a {kind} instead of a text")
+            texts = []
+            for value in values:
+                if not value:
+                    self._without_text.append(before + len(texts))
+                    continue
+                texts.append(valid_text(value))
+                if texts[-1] != value and texts[-1].encode() != value:
+                    self._with_invalid_utf8.append(before + len(texts) - 1)
+            before += len(texts)
+            yield texts
+
+    def counts(self, texts: int | None = None) -> dict[str, int]:
+        """
+        Of the last or current iteration, up to its first `texts` texts: documents `without_text` (null or empty, which
+        are left out) and `with_invalid_utf8` (each invalid sequence became U+FFFD).
+        """
+        limit = sys.maxsize if texts is None else texts
+        return {
+            "without_text": bisect.bisect_left(self._without_text, limit),
+            "with_invalid_utf8": bisect.bisect_left(self._with_invalid_utf8, limit),
+        }
+
+    def share(self, index: int, count: int, epoch: int, seed: int) -> "Corpus":
+        """
+        One of `count` shares of the documents, which together are all of them, once: by files, in an order of their
+        own in each epoch, or where there are fewer files than shares, every `count`-th document of each.
+        """
+        documents = self.documents
+        if documents.num_shards < count:
+            documents = documents.reshard()  # Parquet files into their row groups, other files as they are
+        strategy = "shards" if documents.num_shards >= count else "examples"
+        documents = split_dataset_by_node(documents, rank=index, world_size=count, strategy=strategy)
+        # datasets shuffles the files by the epoch's number if that is not 0.
+        documents.set_epoch(random.Random(f"{seed}-{epoch}").randrange(1, 1 << 30))
+        return Corpus(documents, self.text_column, self.description)
+
+    def _reads(self) -> Iterator[dict[str, list]]:
+        """
+        Some rows at once, by column: several times as fast as single rows where they are stored by column. After a
+        fault of the network it goes on from the end of the last read.
+        """
+        reads, waits = self.documents.iter(ROWS_PER_READ), list(RETRY_SECONDS)
+        state = None
         while True:
             try:
-                row = next(rows)
+                columns = next(reads)
             except StopIteration:
                 return
             except Exception as error:  # of a dozen kinds: JSON, Arrow, Parquet, encodings, the network
-                raise UserError(f"{self.description['name']} cannot be read: {one_line(error)}") from error
-            yield row
+                name = self.description["name"]
+                if not (waits and _is_passing(error)):
+                    raise UserError(f"{name} cannot be read: {one_line(error)}") from error
+                logger.warning(f"{name}: {one_line(error)}; trying again in {waits[0]} s, {len(waits)} tries left")
+                time.sleep(waits.pop(0))
+                if state is not None:
+                    self.documents.load_state_dict(state)
+                reads = self.documents.iter(ROWS_PER_READ)
+                continue
+            state, waits = self.documents.state_dict(), list(RETRY_SECONDS)
+            yield columns
 
 
 def embedded_corpus() -> Corpus:
@@ -89,17 +162,22 @@ def local_corpus(pattern: str, text_column: str = "text") -> Corpus:
     if not files:
         raise UserError(f"no such file: {pattern}")
     kinds = {path.suffix for path in files}
-    if len(kinds) > 1 or not kinds <= LOADERS.keys():
-        raise UserError(f"{pattern} matches {', '.join(sorted(kinds))}: give files of one kind, {', '.join(LOADERS)}")
-    loader = LOADERS[kinds.pop()]
-    if loader == "text":
-        # Not `load_dataset("text")`: it opens files in text mode, which turns \r\n into \n.
+    if len(kinds) > 1 or not kinds <= set(KINDS):
+        raise UserError(f"{pattern} matches {', '.join(sorted(kinds))}: give files of one kind, {', '.join(KINDS)}")
+    num_documents = None
+    if kinds == {".txt"}:
         documents, text_column = _text_files(files), "text"
+    elif empty := [path for path in files if path.stat().st_size == 0]:
+        raise UserError(f"no text found: {empty[0]} is empty")
+    elif kinds == {".parquet"}:
+        try:
+            documents = load_dataset("parquet", data_files=list(map(str, files)), split="train", streaming=True)
+        except Exception as error:  # of Arrow's or datasets' own kinds: the first file is no Parquet
+            raise UserError(f"{files[0]} cannot be read: {one_line(error)}") from None
+        documents = _text_as_bytes(documents, text_column)
+        num_documents = sum(pq.read_metadata(path).num_rows for path in files)
     else:
-        empty = [path for path in files if path.stat().st_size == 0]
-        if empty:
-            raise UserError(f"no text found: {empty[0]} is empty")
-        documents = load_dataset(loader, data_files=[str(path) for path in files], split="train", streaming=True)
+        documents = IterableDataset.from_generator(_read_json_lines, gen_kwargs={"files": list(map(str, files))})
     listing = "".join(f"{path.name} {path.stat().st_size}\n" for path in files)
     return Corpus(
         documents=documents,
@@ -109,18 +187,34 @@ def local_corpus(pattern: str, text_column: str = "text") -> Corpus:
             "revision": hashlib.sha256(listing.encode()).hexdigest()[:16],
             "files": len(files),
         },
-        size=_total_size(files) if loader != "parquet" else None,
+        size=_total_size(files) if kinds != {".parquet"} else None,
+        num_documents=num_documents,
     )
 
 
 def hub_corpus(name: str, config: str | None, revision: str | None, text_column: str) -> Corpus:
-    """The train split of a dataset on the Hugging Face Hub, streamed."""
+    """The train split of a dataset on the Hugging Face Hub, streamed, of the commit that `revision` is now."""
     try:
+        if not Path(name).is_dir():
+            revision = HfApi().dataset_info(name, revision=revision).sha
         documents = load_dataset(name, config, split="train", revision=revision, streaming=True)
-    except (OSError, ValueError) as error:  # not found, no network, no such configuration
+    except Exception as error:  # no such dataset, revision or configuration, no network, or files nobody can read
         raise UserError(f"--dataset_name {name} cannot be loaded: {one_line(error)}") from None
-    description = {"name": name, "config": config, "revision": revision or "main"}
-    return Corpus(documents=documents, text_column=text_column, description=description)
+    description = {"name": name, "config": config, "revision": revision}
+    splits = documents.info.splits or {}
+    num_documents = splits["train"].num_examples if "train" in splits else None
+    return Corpus(_text_as_bytes(documents, text_column), text_column, description, num_documents=num_documents)
+
+
+def valid_text(value: str | bytes) -> str:
+    """The text with U+FFFD for what is not Unicode: invalid UTF-8, or half a surrogate pair, as JSON can spell it."""
+    if isinstance(value, bytes):
+        return value.decode("utf-8", errors="replace")
+    try:
+        value.encode()
+        return value
+    except UnicodeEncodeError:
+        return value.encode("utf-16", "surrogatepass").decode("utf-16", errors="replace")
 
 
 def split_documents(documents: Iterable[str], percentage: int, seed: int) -> Iterator[tuple[str, str]]:
@@ -137,15 +231,26 @@ def split_documents(documents: Iterable[str], percentage: int, seed: int) -> Ite
     if len(first) < one_stratum:
         yield from _split_at_the_tail(first, percentage)
         return
-    for index, document in enumerate(itertools.chain(first, documents)):
-        yield _split_of(index, percentage, seed), document
+    documents = itertools.chain(first, documents)
+    start = 0
+    for stratum in itertools.count():
+        stop = -(-(stratum + 1) * 100 // percentage)
+        chosen = random.Random(f"{seed}-{stratum}").randrange(start, stop)
+        index = start
+        for index, document in enumerate(itertools.islice(documents, stop - start), start):
+            yield ("validation" if index == chosen else "train"), document
+        if index < stop - 1:
+            return
+        start = stop
 
 
-def _split_of(index: int, percentage: int, seed: int) -> str:
-    stratum = index * percentage // 100
-    start, stop = (-(-number * 100 // percentage) for number in (stratum, stratum + 1))
-    chosen = random.Random(f"{seed}-{stratum}").randrange(start, stop)
-    return "validation" if index == chosen else "train"
+def is_for_validation(document: str, percentage: int) -> bool:
+    """
+    Whether a document of a stream is kept back, `percentage` of them all. It depends on the text alone, as a document
+    in a stream that many processes share has no number; so copies of a document are on the same side.
+    """
+    digest = hashlib.blake2b(document.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") % 100 < percentage
 
 
 def _split_at_the_tail(documents: list[str], percentage: int) -> Iterator[tuple[str, str]]:
@@ -164,12 +269,58 @@ def _split_at_the_tail(documents: list[str], percentage: int) -> Iterator[tuple[
 
 
 def _text_files(files: list[Path]) -> IterableDataset:
-    return IterableDataset.from_generator(_read_text_files, gen_kwargs={"files": [str(path) for path in files]})
+    return IterableDataset.from_generator(_read_text_files, gen_kwargs={"files": list(map(str, files))})
 
 
 def _read_text_files(files: list[str]) -> Iterator[dict]:
+    """As bytes. (`load_dataset("text")` opens files in text mode, which turns \\r\\n into \\n.)"""
     for name in files:
-        yield {"text": Path(name).read_bytes().decode("utf-8", errors="replace")}
+        yield {"text": Path(name).read_bytes()}
+
+
+def _read_json_lines(files: list[str]) -> Iterator[dict]:
+    """One object a line. (`load_dataset("json")` wants every column to have one type throughout, and valid UTF-8.)"""
+    for name in files:
+        with open(name, "rb") as file:
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line.decode("utf-8", errors="surrogateescape"))
+                except json.JSONDecodeError as error:
+                    raise UserError(f"line {number} of {Path(name).name} is not JSON: {error}") from None
+                if not isinstance(row, dict):
+                    raise UserError(f"line {number} of {Path(name).name} is a {type(row).__name__}, not an object")
+                yield {key: _original_bytes(value) for key, value in row.items()}
+
+
+def _original_bytes(value: object) -> object:
+    """A string as it was in the file, if it has bytes that are not UTF-8; anything else as it is."""
+    try:
+        return value.encode("utf-8", "surrogateescape") if isinstance(value, str) and not value.isascii() else value
+    except UnicodeEncodeError:
+        return value
+
+
+def _text_as_bytes(documents: IterableDataset, text_column: str) -> IterableDataset:
+    """Only the text's column, as bytes: as a string, invalid UTF-8 in an Arrow column would be an error."""
+    features = documents.features or {}
+    if text_column not in features:
+        return documents  # the columns are not known before reading, or the text's is not among them
+    documents = documents.select_columns([text_column])
+    is_text = features[text_column] in (Value("string"), Value("large_string"))
+    return documents.cast_column(text_column, Value("binary")) if is_text else documents
+
+
+def _is_passing(error: BaseException | None) -> bool:
+    """Whether a fault is the network's or the Hub's, and may be over soon."""
+    if error is None:
+        return False
+    if isinstance(error, HfHubHTTPError):
+        status = getattr(error.response, "status_code", 0)
+        return status in (408, 429) or status >= 500
+    of_a_client = type(error).__module__.split(".")[0] in ("httpx", "httpx2", "aiohttp")
+    return of_a_client or isinstance(error, ConnectionError | TimeoutError) or _is_passing(error.__cause__)
 
 
 def _total_size(files: list[Path]) -> int:

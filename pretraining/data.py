@@ -1,132 +1,60 @@
 """
-Packed shards: a folder of fixed-length rows of token ids in Arrow files, described by its dataset.json.
+Packed data: rows of token ids in memory-mapped files, and the order in which they are read.
 
-Documents are concatenated, each followed by the end-of-text token, and cut every `block_size` tokens.
+A data folder is described by its dataset.json. Documents are concatenated, each followed by the end-of-text token,
+and cut every `block_size` tokens.
 """
 
-import bisect
+import hashlib
 import json
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from pretraining.arguments import UserError
-from pretraining.files import sha256_of
-
-FORMAT_VERSION = 1
-ROWS_PER_RECORD_BATCH = 1024
-
-
-class ShardWriter:
-    """
-    Writes one split: `add` token ids of any length, get full rows in `shard-00000.arrow`, `shard-00001.arrow`, ...
-
-    The bytes depend only on the ids, `block_size` and `shard_tokens`, not on how the ids were handed over.
-    """
-
-    def __init__(self, folder: Path, block_size: int, vocab_size: int, shard_tokens: int):
-        from datasets import Features, List, Value  # a second of import, for nothing when only reading
-
-        folder.mkdir(parents=True)
-        self.folder = folder
-        self.block_size = block_size
-        self.dtype = np.dtype("uint16" if vocab_size <= 1 << 16 else "uint32")
-        self.schema = Features({"input_ids": List(Value(str(self.dtype)), length=block_size)}).arrow_schema
-        self.rows_per_shard = max(1, shard_tokens // block_size)
-        self.shards: list[dict] = []
-        self._stream = None  # the Arrow stream of the shard being written
-        self._rows_in_shard = 0
-        self._pending: list[np.ndarray] = []
-        self._pending_tokens = 0
-
-    @property
-    def rows(self) -> int:
-        return sum(shard["rows"] for shard in self.shards) + self._rows_in_shard
-
-    def add(self, token_ids: list[int]) -> None:
-        self._pending.append(np.asarray(token_ids, dtype=self.dtype))
-        self._pending_tokens += len(token_ids)
-        if self._pending_tokens >= ROWS_PER_RECORD_BATCH * self.block_size:
-            self._write_full_batches()
-
-    def close(self) -> int:
-        """Write what is left. Returns the number of tokens in the last, short row, which is dropped."""
-        self._write_full_batches()
-        left = np.concatenate([*self._pending, np.empty(0, self.dtype)])
-        full = len(left) // self.block_size * self.block_size
-        self._write_rows(left[:full].reshape(-1, self.block_size))
-        self._close_shard()
-        return len(left) - full
-
-    def _write_full_batches(self) -> None:
-        tokens = np.concatenate([*self._pending, np.empty(0, self.dtype)])
-        batch = ROWS_PER_RECORD_BATCH * self.block_size
-        full = len(tokens) // batch * batch
-        for start in range(0, full, batch):
-            self._write_rows(tokens[start : start + batch].reshape(-1, self.block_size))
-        self._pending, self._pending_tokens = [tokens[full:]], len(tokens) - full
-
-    def _write_rows(self, rows: np.ndarray) -> None:
-        """Append rows (n, block_size), starting new shards where one is full."""
-        while len(rows):
-            if self._stream is None:
-                self._stream = pa.ipc.new_stream(self._shard_path(), self.schema)
-            part, rows = np.split(rows, [min(len(rows), self.rows_per_shard - self._rows_in_shard)])
-            column = pa.FixedSizeListArray.from_arrays(pa.array(part.reshape(-1)), self.block_size)
-            self._stream.write_batch(pa.record_batch([column], schema=self.schema))
-            self._rows_in_shard += len(part)
-            if self._rows_in_shard == self.rows_per_shard:
-                self._close_shard()
-
-    def _shard_path(self) -> Path:
-        return self.folder / f"shard-{len(self.shards):05d}.arrow"
-
-    def _close_shard(self) -> None:
-        if self._stream is None:
-            return
-        self._stream.close()
-        path = self._shard_path()
-        self.shards.append(
-            {
-                "file": f"{path.parent.name}/{path.name}",
-                "rows": self._rows_in_shard,
-                "bytes": path.stat().st_size,
-                "sha256": sha256_of(path),
-            }
-        )
-        self._stream, self._rows_in_shard = None, 0
+from pretraining.mixture import Schedule
+from pretraining.shards import TokenRows, checksum_problem, open_arrow_shard, read_data_folder
 
 
 class PackedDataset(Dataset):
     """
-    The rows of one split of a data folder, memory-mapped: `dataset[i]` is row i, `dataset.__getitems__([i, j, ...])`
-    the rows as one int64 tensor (number of indices, block_size).
+    The rows of some files, one after the other: `dataset[i]` is row i, `dataset.__getitems__([i, j, ...])` the rows
+    as one tensor (number of indices, block_size), both of the files' type, uint16 or uint32: a quarter as many bytes
+    to move to a device as the int64 that it needs there.
+
+    Args:
+        statistics: counts of `documents`, `tokens` and `bytes` of text, and `compressed_bytes` by program if known.
     """
 
-    def __init__(self, folder: Path, split: str):
-        self.info = read_data_folder(folder)
-        self.block_size: int = self.info["block_size"]
-        self.statistics: dict = self.info["splits"][split]
-        self._parts: list[np.ndarray] = []  # views (rows, block_size) into the mapped files, one per record batch
-        self._ends: list[int] = []  # number of rows up to the end of each part
-        for shard in self.statistics["shards"]:
-            self._map_shard(folder / shard["file"], shard)
+    def __init__(self, files: list[TokenRows], statistics: dict):
+        self.files = files
+        self.statistics = statistics
+        self._starts = np.cumsum([0, *map(len, files)])
 
     def __len__(self) -> int:
-        return self._ends[-1]
+        return int(self._starts[-1])
 
     def __getitem__(self, index: int) -> torch.Tensor:
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: list[int]) -> torch.Tensor:
-        rows = np.empty((len(indices), self.block_size), dtype=np.int64)
-        for row, index in zip(rows, indices, strict=True):
-            part = bisect.bisect_right(self._ends, index)
-            row[:] = self._parts[part][index - self._ends[part]]  # negative: counted from the part's end
+        indices = np.asarray(indices)
+        in_file = np.searchsorted(self._starts, indices, side="right") - 1
+        if (in_file == in_file[0]).all():
+            return torch.from_numpy(self.files[in_file[0]][indices - self._starts[in_file[0]]])
+        rows = None
+        for number in np.unique(in_file):
+            here = in_file == number
+            part = self.files[number][indices[here] - self._starts[number]]
+            if rows is None:
+                rows = np.empty((len(indices), part.shape[1]), part.dtype)
+            rows[here] = part
         return torch.from_numpy(rows)
 
     @property
@@ -139,23 +67,12 @@ class PackedDataset(Dataset):
         sizes = self.statistics.get("compressed_bytes") or {}
         return {name: 8 * size / self.statistics["bytes"] for name, size in sizes.items()}
 
-    def _map_shard(self, path: Path, expected: dict) -> None:
-        if not path.is_file():
-            raise UserError(f"{path} is missing: dataset.json lists it; prepare the data again")
-        if path.stat().st_size != expected["bytes"]:
-            found = path.stat().st_size
-            raise UserError(f"{path} has {found} bytes, dataset.json says {expected['bytes']}; prepare the data again")
-        try:
-            stream = pa.ipc.open_stream(pa.memory_map(str(path)))
-            row_length = stream.schema.field("input_ids").type.list_size
-        except (pa.ArrowException, OSError, KeyError, AttributeError) as error:
-            raise UserError(f"{path} is damaged ({error}): prepare the data again") from None
-        if row_length != self.block_size:
-            raise UserError(f"{path} has rows of {row_length} tokens, dataset.json says {self.block_size}")
-        for batch in stream:
-            values = batch.column("input_ids").flatten().to_numpy(zero_copy_only=True)
-            self._parts.append(values.reshape(-1, self.block_size))
-            self._ends.append((self._ends[-1] if self._ends else 0) + batch.num_rows)
+
+def concatenate(datasets: list[PackedDataset]) -> PackedDataset:
+    if len(datasets) == 1:
+        return datasets[0]
+    counts = {name: sum(each.statistics[name] for each in datasets) for name in ("documents", "tokens", "bytes")}
+    return PackedDataset([file for dataset in datasets for file in dataset.files], counts)
 
 
 class RowOrder(Sampler):
@@ -163,29 +80,33 @@ class RowOrder(Sampler):
     Which rows each process trains on, as a pure function of (seed, step): any step can be reached without replaying
     the ones before it, and the global batch of a step does not depend on how it is split.
 
-    Every epoch is its own permutation of the rows; step s takes rows [s * G, (s + 1) * G) of the permutations put end
-    to end, where G = gradient_accumulation_steps * num_processes * batch_size. Yields, for the steps from
-    `first_step` on, this process's `gradient_accumulation_steps` lists of `batch_size` row numbers each.
+    Every epoch of a source is its own permutation of its rows; step s takes places [s * G, (s + 1) * G) of the
+    permutations put end to end, where G = gradient_accumulation_steps * num_processes * batch_size. Of several
+    sources, a `Schedule` says whose turn it is. Yields, for the steps from `first_step` on, this process's
+    `gradient_accumulation_steps` lists of `batch_size` row numbers each, counted through all sources.
     """
 
     def __init__(
         self,
-        num_rows: int,
+        num_rows: list[int],
         batch_size: int,
         gradient_accumulation_steps: int = 1,
         num_processes: int = 1,
         process_index: int = 0,
         seed: int = 0,
         first_step: int = 0,
+        weights: list[float] | None = None,
     ):
-        self.num_rows = num_rows
+        self.num_rows = np.array(num_rows)
+        self.starts = np.cumsum([0, *num_rows])
         self.batch_size = batch_size
         self.accumulation = gradient_accumulation_steps
         self.num_processes = num_processes
         self.process_index = process_index
         self.seed = seed
         self.first_step = first_step
-        self._epoch, self._permutation = -1, None
+        self.schedule = Schedule(weights or [1.0] * len(num_rows), [seed])
+        self._permutations: dict[int, tuple[int, np.ndarray]] = {}  # by source: the epoch, and its order
 
     def __iter__(self) -> Iterator[list[int]]:
         step = self.first_step
@@ -197,16 +118,18 @@ class RowOrder(Sampler):
     def rows(self, step: int, micro_step: int) -> list[int]:
         """Row numbers of one micro-batch of this process."""
         micro_batch = (step * self.accumulation + micro_step) * self.num_processes + self.process_index
-        start = micro_batch * self.batch_size
-        return [self._row(position) for position in range(start, start + self.batch_size)]
+        places = np.arange(micro_batch * self.batch_size, (micro_batch + 1) * self.batch_size)
+        sources, numbers = self.schedule.locate(places)
+        epochs, offsets = np.divmod(numbers, self.num_rows[sources])
+        rows = zip(sources.tolist(), epochs.tolist(), offsets.tolist(), strict=True)
+        return [int(self.starts[source] + self._permutation(source, epoch)[offset]) for source, epoch, offset in rows]
 
-    def _row(self, position: int) -> int:
-        epoch, offset = divmod(position, self.num_rows)
-        if epoch != self._epoch:
-            # A sequence of integers seeds PCG64 through a hash, so that (seed, epoch) pairs do not overlap.
-            generator = np.random.default_rng([self.seed, epoch])
-            self._epoch, self._permutation = epoch, generator.permutation(self.num_rows)
-        return int(self._permutation[offset])
+    def _permutation(self, source: int, epoch: int) -> np.ndarray:
+        if self._permutations.get(source, (None,))[0] != epoch:
+            # A sequence of integers seeds PCG64 through a hash, so that different sequences do not overlap.
+            generator = np.random.default_rng([self.seed, epoch, source])
+            self._permutations[source] = epoch, generator.permutation(self.num_rows[source])
+        return self._permutations[source][1]
 
 
 def training_batches(dataset: PackedDataset, order: RowOrder, num_workers: int = 0) -> DataLoader:
@@ -214,7 +137,7 @@ def training_batches(dataset: PackedDataset, order: RowOrder, num_workers: int =
     return DataLoader(
         dataset,
         batch_sampler=order,
-        collate_fn=_as_it_is,
+        collate_fn=as_it_is,
         num_workers=num_workers,
         pin_memory=torch.cuda.is_available(),
         # Without a generator of its own, every iter() would draw a base seed from the global one and change dropout.
@@ -222,28 +145,71 @@ def training_batches(dataset: PackedDataset, order: RowOrder, num_workers: int =
     )
 
 
-def read_data_folder(folder: Path) -> dict:
+def as_it_is(batch):
+    return batch
+
+
+@dataclass
+class DataFolder:
     """
-    dataset.json of a data folder.
+    An opened folder of packed rows.
+
+    Attributes:
+        name, revision: of the text that it was made from.
+        fingerprint: sha256 of what identifies the training rows.
+        check: reads every file once and returns what is wrong with them, an empty list if nothing is. It may fill in
+            statistics that only that reading tells.
+    """
+
+    name: str
+    revision: str
+    block_size: int
+    fingerprint: str
+    train: PackedDataset
+    validation: PackedDataset
+    check: Callable[[], list[str]]
+
+
+def open_data_folder(folder: Path, tokenizer_fingerprint: str | None = None) -> DataFolder:
+    """
+    A folder that prepare_data.py wrote, mapped into memory. Its bytes are not read yet: that is what `check` is for.
+
+    Args:
+        tokenizer_fingerprint: of the tokenizer that is to be used, if it is not the folder's own.
 
     Raises:
-        UserError: if there is none, or it is of a format that this version cannot read.
+        UserError: with everything about it that is not as its dataset.json says.
     """
-    path = Path(folder) / "dataset.json"
-    if not path.is_file():
-        raise UserError(f"{folder} is not a data folder, it has no dataset.json: make one with prepare_data.py")
-    try:
-        info = json.loads(path.read_text(encoding="utf-8"))
-        version = info["format_version"]
-        missing = {"source", "tokenizer", "block_size", "settings", "splits"} - info.keys()
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is damaged ({error!r}): prepare the data again") from None
-    if version != FORMAT_VERSION:
-        raise UserError(f"{path} has format version {version}, this program reads {FORMAT_VERSION}")
-    if missing:
-        raise UserError(f"{path} is damaged, it has no {', '.join(sorted(missing))}: prepare the data again")
-    return info
+    info = read_data_folder(folder)
+    tokenizer, block_size = info["tokenizer"], info["block_size"]
+    problems, shards, splits = [], [], {}
+    if tokenizer_fingerprint not in (None, tokenizer["fingerprint"]):
+        problems.append(
+            f"{folder} was made with a tokenizer of the fingerprint {tokenizer['fingerprint'][:16]}..., the one to be "
+            f"used has {tokenizer_fingerprint[:16]}...: its vocabulary is another"
+        )
+    for split in ("train", "validation"):
+        statistics, files = info["splits"][split], []
+        for shard in statistics["shards"]:
+            try:
+                files.append(open_arrow_shard(folder / shard["file"], shard, block_size, tokenizer["vocab_size"]))
+            except UserError as error:
+                problems += error.problems
+        shards += statistics["shards"]
+        splits[split] = PackedDataset(files, {key: value for key, value in statistics.items() if key != "shards"})
+    if problems:
+        raise UserError(*problems)
 
+    def check() -> list[str]:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            return list(filter(None, pool.map(checksum_problem, (folder / shard["file"] for shard in shards), shards)))
 
-def _as_it_is(batch: torch.Tensor) -> torch.Tensor:
-    return batch
+    source = info["source"]["train"]
+    return DataFolder(
+        name=source["name"],
+        revision=source["revision"],
+        block_size=block_size,
+        fingerprint=hashlib.sha256(json.dumps(info["splits"]["train"]["shards"]).encode()).hexdigest(),
+        check=check,
+        **splits,
+    )

@@ -14,11 +14,19 @@ SAMPLE_TOKENS = 64
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, dataset: PackedDataset, accelerator: Accelerator, batch_size: int, eval_iters: int | None
+    model: nn.Module,
+    dataset: PackedDataset,
+    accelerator: Accelerator,
+    batch_size: int,
+    eval_iters: int | None,
+    document_token_id: int | None,
 ) -> dict[str, float]:
     """
     Loss over a fixed set of rows, the first `eval_iters * batch_size` of `dataset` or all of them, shared out over
     the processes; every row counts once, whatever the number of processes.
+
+    Args:
+        document_token_id: see `document_positions`; None lets tokens see the documents before theirs.
 
     Returns:
         eval_loss: mean cross-entropy in nats per token.
@@ -36,11 +44,16 @@ def evaluate(
         # model needs all of them for a forward pass.
         first = start + accelerator.process_index * batch_size
         rows = [min(row, num_rows - 1) for row in range(first, first + batch_size)]
-        input_ids = dataset.__getitems__(rows).to(accelerator.device)
+        input_ids = dataset.__getitems__(rows).to(accelerator.device).long()
         labels = input_ids.clone()
         labels[max(0, num_rows - first) :] = -100
         loss_sum = model(
-            input_ids=input_ids, labels=labels, num_items_in_batch=1, use_cache=False, skip_logits=True
+            input_ids=input_ids,
+            position_ids=document_positions(input_ids, document_token_id),
+            labels=labels,
+            num_items_in_batch=1,
+            use_cache=False,
+            skip_logits=True,
         ).loss
         total += torch.tensor([loss_sum.item(), (labels[:, 1:] != -100).sum().item()])
     model.train()
@@ -51,6 +64,21 @@ def evaluate(
         "eval_perplexity": math.exp(min(loss, 700.0)),  # exp(710) overflows a float
         "eval_bits_per_byte": loss / math.log(2) / dataset.bytes_per_token,
     }
+
+
+def document_positions(input_ids: torch.Tensor, document_token_id: int | None) -> torch.Tensor | None:
+    """
+    Positions (B, T) that start again at each document of a row, which keeps documents apart in this model; None, the
+    plain concatenation, without a `document_token_id`.
+
+    The end-of-text token counts as the first of the document behind it: so its one place in a document teaches how to
+    end one, by being foretold, and how to begin one, as it does when text is generated from nothing.
+    """
+    if document_token_id is None:
+        return None
+    index = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+    starts = torch.where(input_ids == document_token_id, index, 0).cummax(-1).values
+    return index - starts
 
 
 def write_samples(

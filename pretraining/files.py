@@ -1,8 +1,14 @@
 """Files that are whole or not there, and their sums."""
 
+import contextlib
+import fcntl
 import hashlib
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
+
+from pretraining.arguments import UserError
 
 INCOMPLETE = ".incomplete"  # at the end of a name: not finished, of a program at work or one that was killed
 
@@ -13,6 +19,48 @@ def write_text(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + INCOMPLETE)
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def folder_in_progress(final: Path, contents: set[str]) -> Iterator[Path]:
+    """
+    An empty folder beside `final` to work in, named `final` with INCOMPLETE behind it, which becomes `final` in one
+    move if all goes well, and is deleted if not. What a killed program left there is deleted first.
+
+    Args:
+        contents: names that the program writes there. A folder with others in it is somebody else's.
+
+    Raises:
+        UserError: if another program is working there, or it is somebody else's or cannot be made.
+    """
+    folder = final.with_name(final.name + INCOMPLETE)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise UserError(f"{final} cannot be written: {error.strerror}") from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go of by the system, however the program ends
+        if not (folder.exists() and os.path.samestat(os.fstat(lock), folder.stat())):
+            raise BlockingIOError  # the other one has finished just now, and moved it
+    except BlockingIOError:
+        os.close(lock)
+        raise UserError(
+            f"{final} is being written by another program: wait for it, or choose another folder"
+        ) from None
+    try:
+        if foreign := {path.name for path in folder.iterdir()} - contents:
+            raise UserError(f"{folder} holds {min(foreign)}, which is not of this program: move it away")
+        for path in folder.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        try:
+            yield folder
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        os.replace(folder, final)
+    finally:
+        os.close(lock)
 
 
 def sha256_of(path: Path) -> str:

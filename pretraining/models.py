@@ -76,30 +76,24 @@ def _to_value(text: str) -> int | float | bool | str | None:
     return {"true": True, "false": False, "none": None, "null": None}.get(text.lower(), text)
 
 
-def check_fit(config: PreTrainedConfig, vocab_size: int, data_block_size: int, block_size: int | None) -> None:
+def check_fit(config: PreTrainedConfig, vocab_size: int, block_size: int) -> None:
     """
     Args:
         vocab_size: of the tokenizer that the data was made with.
-        block_size: what the user asked for, if anything.
+        block_size: tokens in a row.
 
     Raises:
         UserError: with everything in which data, tokenizer and model do not fit together.
     """
     problems = []
-    if block_size is not None and block_size != data_block_size:
+    if block_size > config.n_positions:
         problems.append(
-            f"--block_size {block_size}, but the rows of --data_dir have {data_block_size} tokens: prepare the data "
-            "again with that block size, or leave the flag out"
-        )
-    longest = max(data_block_size, block_size or 0)
-    if longest > config.n_positions:
-        problems.append(
-            f"--block_size {longest} is beyond the model's {config.n_positions} positions: "
-            f"--config_overrides n_positions={longest} makes room, or use shorter rows"
+            f"--block_size {block_size} is beyond the model's {config.n_positions} positions: "
+            f"--config_overrides n_positions={block_size} makes room, or use shorter rows"
         )
     if vocab_size > config.vocab_size:
         problems.append(
-            f"the tokenizer of --data_dir has {vocab_size} tokens, more than the model's vocabulary of "
+            f"the tokenizer of the data has {vocab_size} tokens, more than the model's vocabulary of "
             f"{config.vocab_size} (vocab_size)"
         )
     if problems:

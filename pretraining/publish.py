@@ -10,6 +10,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from pretraining.files import INCOMPLETE
+from pretraining.publish_data import table
 
 WEIGHTS = "model.safetensors"
 
@@ -29,7 +30,9 @@ class RunRecord:
     Attributes:
         name: what to pass to `from_pretrained`: the run folder, or a Hub id.
         settings: the flags that decided the result.
-        dataset: dataset.json of the training data.
+        sources: of the training text: name, revision and share of each.
+        train_statistics, validation_statistics: counts of documents, tokens and bytes; of a stream's training text
+            nobody knows them.
         evaluation: the last evaluation, keys as in metrics.jsonl.
         compression: bits per byte that general-purpose compressors need for the validation text.
     """
@@ -42,7 +45,9 @@ class RunRecord:
     hardware: str
     mixed_precision: str
     settings: dict
-    dataset: dict
+    sources: list[dict]
+    train_statistics: dict | None
+    validation_statistics: dict
     evaluation: dict[str, float]
     compression: dict[str, float]
     prompt: str
@@ -83,9 +88,7 @@ def export(
 
 
 def model_card(record: RunRecord, model: PreTrainedModel) -> ModelCard:
-    config, dataset = model.config, record.dataset
-    train, validation = dataset["splits"]["train"], dataset["splits"]["validation"]
-    source = dataset["source"]["train"]
+    config, validation = model.config, record.validation_statistics
     card_data = ModelCardData(
         language=None,
         library_name="transformers",
@@ -98,15 +101,16 @@ def model_card(record: RunRecord, model: PreTrainedModel) -> ModelCard:
     sections = [
         f"---\n{card_data}\n---",
         f"# {Path(record.name).name}",
-        f"A GPT-2 of {record.parameters:,} parameters, {made} with gpt2scratch on {source['name']}.",
+        f"A GPT-2 of {record.parameters:,} parameters, {made} with gpt2scratch on "
+        f"{' and '.join(source['name'] for source in record.sources)}.",
         USAGE.format(name=record.name, prompt=json.dumps(record.prompt, ensure_ascii=False)),
         "## Evaluation",
         f"On the {validation['bytes']:,} bytes of validation text ({validation['documents']:,} documents, not trained "
         "on):",
-        _table(("", "value"), _evaluation_rows(record)),
+        table(("", "value"), _evaluation_rows(record)),
         "![Training and validation loss](plots/loss.png)",
         "## Model",
-        _table(
+        table(
             ("", "value"),
             [
                 ("layers", config.n_layer),
@@ -118,12 +122,10 @@ def model_card(record: RunRecord, model: PreTrainedModel) -> ModelCard:
             ],
         ),
         "## Training",
-        _table(
+        table(
             ("", "value"),
             [
-                ("data", f"{source['name']}, revision {source['revision']}"),
-                ("training text", f"{train['documents']:,} documents, {train['bytes']:,} bytes"),
-                ("tokens seen", f"{record.tokens:,} ({record.tokens / train['tokens']:.2f} epochs)"),
+                *_data_rows(record),
                 ("steps", f"{record.steps:,} of {record.tokens // record.steps:,} tokens"),
                 ("hardware", record.hardware),
                 ("time", f"{record.hours * 60:.1f} minutes" if record.hours < 2 else f"{record.hours:.1f} hours"),
@@ -151,6 +153,16 @@ def _evaluation_rows(record: RunRecord) -> list[tuple[str, str]]:
     ]
 
 
-def _table(header: tuple, rows: list[tuple]) -> str:
-    lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
-    return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows])
+def _data_rows(record: RunRecord) -> list[tuple[str, str]]:
+    rows = []
+    for source in record.sources:
+        share = f"{source['share']:.1%} of the rows: " if len(record.sources) > 1 else ""
+        rows.append(("data", f"{share}{source['name']}, revision {source['revision']}"))
+    train = record.train_statistics
+    if train is None:
+        return [*rows, ("tokens seen", f"{record.tokens:,}")]
+    return [
+        *rows,
+        ("training text", f"{train['documents']:,} documents, {train['bytes']:,} bytes"),
+        ("tokens seen", f"{record.tokens:,} ({record.tokens / train['tokens']:.2f} epochs)"),
+    ]

@@ -1,7 +1,5 @@
 """A run: its folder, its step and its clock, and what it needs to know to go on from a checkpoint."""
 
-import hashlib
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +22,7 @@ class Run:
 
     Attributes:
         tokens_per_step: of all processes together.
+        data_fingerprint, data_binding: see `sources.TrainingData`.
         step: optimizer steps done.
         elapsed_before: seconds that earlier starts of the program took.
         flops_per_token: see `hardware.flops_per_token`.
@@ -32,6 +31,7 @@ class Run:
 
     tokens_per_step: int
     data_fingerprint: str
+    data_binding: dict[str, int]
     flops_per_token: int
     peak_flops: float | None
     step: int = 0
@@ -67,11 +67,12 @@ class Run:
         return speed
 
     def position(self) -> dict:
-        """What a checkpoint saves of the loop. The rows' order is a pure function of the step: nothing of it here."""
+        """What a checkpoint saves of the loop. Packed rows come in an order that is a pure function of the step."""
         return {
             "step": self.step,
             "tokens_per_step": self.tokens_per_step,
             "data_fingerprint": self.data_fingerprint,
+            "data_binding": self.data_binding,
             "elapsed_seconds": self.elapsed_seconds,
         }
 
@@ -89,18 +90,17 @@ class Run:
         name, tokens = f"the checkpoint of step {position['step']}", position["tokens_per_step"]
         problems = []
         if position["data_fingerprint"] != self.data_fingerprint:
-            problems.append(f"{name} was trained on other data than --data_dir has now")
+            problems.append(f"{name} was trained on other data than is given now")
+        for key, value in position.get("data_binding", {}).items():
+            if self.data_binding.get(key, value) != value:
+                now = self.data_binding[key]
+                problems.append(f"{name} is of a stream with {key} {value}, now it would be {now}: it has to stay")
         if tokens != self.tokens_per_step:
             problems.append(
                 f"{name} was trained with {tokens} tokens per step, now it would be {self.tokens_per_step}: "
                 f"--tokens_per_step {tokens} keeps it"
             )
         return problems
-
-
-def data_fingerprint(info: dict) -> str:
-    """Of the training rows: the files' own sums, out of dataset.json."""
-    return hashlib.sha256(json.dumps(info["splits"]["train"]["shards"]).encode()).hexdigest()
 
 
 def open_run_folder(output_dir: Path, arguments: dict, settings: dict, state: PartialState) -> bool:

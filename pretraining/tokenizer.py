@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -11,6 +12,12 @@ from pretraining.arguments import UserError, one_line
 
 END_OF_TEXT = "<|endoftext|>"
 SMALLEST_VOCABULARY = 257  # the 256 bytes and the end of text
+# The byte that a character stands for in a byte-level BPE's vocabulary (openai/gpt-2, src/encoder.py): printable ones
+# for themselves, the others, in order, for the characters from 256 on.
+PRINTABLE = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+BYTE_OF_CHARACTER = {chr(byte): byte for byte in PRINTABLE} | {
+    chr(256 + index): byte for index, byte in enumerate(sorted(set(range(256)) - set(PRINTABLE)))
+}
 
 
 def train_tokenizer(documents: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -57,6 +64,8 @@ def load_tokenizer(name_or_path: str | Path, fingerprint: str | None = None) -> 
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"the tokenizer {name_or_path} cannot be loaded: {one_line(error)}") from None
+    if not tokenizer.is_fast:
+        raise UserError(f"the tokenizer {name_or_path} has no tokenizer.json: only fast tokenizers can be used")
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer {name_or_path} has no end-of-text token, which goes between documents")
     if fingerprint is not None and tokenizer_fingerprint(tokenizer) != fingerprint:
@@ -70,3 +79,16 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     for token, token_id in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]):
         digest.update(f"{token_id} {token}\n".encode())
     return digest.hexdigest()
+
+
+def bytes_of_tokens(tokenizer: PreTrainedTokenizerBase) -> np.ndarray | None:
+    """
+    Bytes of text that each id of a byte-level BPE stands for, 0 for special tokens; None for other tokenizers.
+    """
+    sizes = np.zeros(len(tokenizer), dtype=np.int64)
+    for token, token_id in tokenizer.get_vocab().items():
+        if token_id not in tokenizer.all_special_ids:
+            if not BYTE_OF_CHARACTER.keys() >= set(token):
+                return None
+            sizes[token_id] = len(token)
+    return sizes

@@ -19,7 +19,8 @@ from transformers import AutoTokenizer
 
 from pretraining.arguments import UserError
 from pretraining.corpus import split_documents
-from pretraining.data import PackedDataset, RowOrder, ShardWriter
+from pretraining.data import RowOrder, open_data_folder
+from pretraining.shards import ShardWriter
 
 
 def read_rows(data_dir, split) -> np.ndarray:
@@ -107,10 +108,16 @@ def test_compressed_sizes_are_those_of_gzip_and_xz(packed, texts):
 
 def test_the_shards_are_byte_identical_for_any_num_proc(packed, text_folder, tmp_path):
     succeed(prepare(text_folder, tmp_path / "again", "--num_proc", 1))
-    names = sorted(path.relative_to(packed) for path in packed.rglob("*") if path.is_file())
-    assert len(names) > 6
+    assert_same_files(packed, tmp_path / "again")
+
+
+def assert_same_files(folder, other):
+    names, others = (
+        sorted(path.relative_to(root) for path in root.rglob("*") if path.is_file()) for root in (folder, other)
+    )
+    assert names == others and len(names) >= 5
     for name in names:
-        assert (packed / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name
+        assert (folder / name).read_bytes() == (other / name).read_bytes(), name
 
 
 def test_preparing_again_does_nothing_and_other_settings_are_refused(packed, text_folder):
@@ -122,22 +129,55 @@ def test_preparing_again_does_nothing_and_other_settings_are_refused(packed, tex
     assert before == {path: path.stat().st_mtime_ns for path in packed.rglob("*")}
 
 
-def test_a_run_that_is_killed_half_way_leaves_nothing_that_looks_whole_and_can_be_repeated(tmp_path):
-    (tmp_path / "book.txt").write_text("\n".join(make_documents(400, seed=3)) * 5)
-    command = [sys.executable, REPOSITORY / "prepare_data.py", "--output_dir", tmp_path / "data"]
-    command += ["--train_file", tmp_path / "book.txt", "--tokenizer_vocab_size", "300", "--block_size", "64"]
-    process = subprocess.Popen(list(map(str, command)), stderr=subprocess.DEVNULL)
+def start_preparing(tmp_path) -> subprocess.Popen:
+    """A process that has begun to write and has a second of work before it."""
+    book = tmp_path / "book.jsonl"
+    if not book.exists():
+        lines = [json.dumps({"text": text}) + "\n" for text in make_documents(400, seed=3)]
+        book.write_text("".join(lines) * 15)
+    command = [sys.executable, REPOSITORY / "prepare_data.py", "--output_dir", tmp_path / "data", "--train_file", book]
+    command += ["--tokenizer_vocab_size", "300", "--block_size", "64", "--shard_tokens", "100000"]
+    process = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
-    while not (tmp_path / "data.incomplete").exists():
+    while not (tmp_path / "data.incomplete/train/shard-00000.arrow").exists():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.005)
+    return process
+
+
+def test_a_run_that_is_killed_half_way_leaves_nothing_that_looks_whole_and_its_repetition_is_no_other(tmp_path):
+    process = start_preparing(tmp_path)
     process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.communicate()
     assert not (tmp_path / "data").exists()
-    assert not (tmp_path / "data.incomplete" / "dataset.json").exists()
-    succeed(script(*["prepare_data.py", *command[2:]]))
-    assert (tmp_path / "data" / "dataset.json").exists()
+    assert (tmp_path / "data.incomplete/train/shard-00000.arrow").exists()
+    assert not (tmp_path / "data.incomplete/dataset.json").exists()
+    (tmp_path / "data.incomplete/train/shard-00099.arrow").write_bytes(b"of the killed run")
+    repeated = start_preparing(tmp_path)
+    assert repeated.communicate()[1] and repeated.returncode == 0
     assert not (tmp_path / "data.incomplete").exists()
+
+    (tmp_path / "data").rename(tmp_path / "repeated")
+    uninterrupted = start_preparing(tmp_path)
+    assert uninterrupted.communicate()[1] and uninterrupted.returncode == 0
+    assert_same_files(tmp_path / "data", tmp_path / "repeated")
+
+
+def test_two_programs_do_not_write_one_folder_at_once_and_foreign_files_are_left_alone(tmp_path):
+    first = start_preparing(tmp_path)
+    first.send_signal(signal.SIGSTOP)
+    second = script("prepare_data.py", "--output_dir", tmp_path / "data", "--train_file", tmp_path / "book.jsonl")
+    first.send_signal(signal.SIGCONT)
+    assert first.communicate()[1] and first.returncode == 0
+    assert second.returncode == 2
+    assert "data is being written by another program" in second.stderr
+
+    (tmp_path / "mine.incomplete").mkdir()
+    (tmp_path / "mine.incomplete/thesis.txt").write_text("years of work")
+    refused = script("prepare_data.py", "--output_dir", tmp_path / "mine", "--train_file", tmp_path / "book.jsonl")
+    assert refused.returncode == 2
+    assert "mine.incomplete holds thesis.txt, which is not of this program" in refused.stderr
+    assert (tmp_path / "mine.incomplete/thesis.txt").read_text() == "years of work"
 
 
 def test_one_document_is_cut_at_a_line_so_that_its_end_is_for_validation():
@@ -169,14 +209,25 @@ def test_a_given_validation_file_is_the_validation_text(text_folder, tmp_path):
     assert json.loads((tmp_path / "data/dataset.json").read_text())["splits"]["train"]["documents"] == 60
 
 
-def test_max_train_tokens_stops_the_reading(text_folder, tmp_path):
-    succeed(prepare(text_folder, tmp_path / "data", "--max_train_tokens", 3000))
-    train = json.loads((tmp_path / "data/dataset.json").read_text())["splits"]["train"]
-    assert 3000 <= train["tokens"] < 10_000 < 60 * 1000
+def test_max_train_tokens_stops_the_reading_at_the_same_document_on_any_number_of_cores(tmp_path):
+    documents = [text for document in make_documents(3000, seed=6) for text in (document, None, "")]
+    lines = (json.dumps({"text": text}) + "\n" for text in documents)
+    (tmp_path / "documents.jsonl").write_text("".join(lines))
+    flags = ("--train_file", tmp_path / "documents.jsonl", "--max_train_tokens", 30_000, "--block_size", 64)
+    flags += ("--tokenizer_vocab_size", 400)
+    for cores in (1, 4):
+        output_dir = tmp_path / f"on-{cores}"
+        succeed(script("prepare_data.py", "--output_dir", output_dir, "--num_proc", cores, *flags))
+    assert_same_files(tmp_path / "on-1", tmp_path / "on-4")
+    info = json.loads((tmp_path / "on-1/dataset.json").read_text())
+    train, validation = info["splits"]["train"], info["splits"]["validation"]
+    assert 30_000 <= train["tokens"] < 31_000
+    read = train["documents"] + validation["documents"]
+    assert 2 * (read - 1) <= info["documents"]["without_text"] <= 2 * read
 
 
 def test_rows_are_read_as_they_were_written_across_shards(packed):
-    dataset = PackedDataset(packed, "train")
+    dataset = open_data_folder(packed).train
     rows = read_rows(packed, "train")
     assert len(dataset) == len(rows)
     indices = list(np.random.default_rng(0).permutation(len(rows)))
@@ -186,7 +237,7 @@ def test_rows_are_read_as_they_were_written_across_shards(packed):
 
 def test_ids_beyond_65535_get_a_wider_type(tmp_path):
     writer = ShardWriter(tmp_path / "train", block_size=2, vocab_size=70_000, shard_tokens=100)
-    writer.add([1, 69_999, 2, 3, 4])
+    writer.add(np.array([1, 69_999, 2, 3, 4]))
     assert writer.close() == 1
     assert Dataset.from_file(str(tmp_path / "train/shard-00000.arrow"))["input_ids"][:] == [[1, 69_999], [2, 3]]
 
@@ -195,33 +246,33 @@ def test_a_truncated_or_missing_shard_is_refused_by_name(packed, tmp_path):
     shutil.copytree(packed, tmp_path / "data")
     shard = tmp_path / "data/train/shard-00001.arrow"
     shard.write_bytes(shard.read_bytes()[:-100])
-    with pytest.raises(UserError, match=r"shard-00001.arrow has \d+ bytes, dataset.json says \d+"):
-        PackedDataset(tmp_path / "data", "train")
+    with pytest.raises(UserError, match=r"shard-00001.arrow is damaged: it has \d+ bytes, dataset.json has \d+"):
+        open_data_folder(tmp_path / "data")
     shard.unlink()
     with pytest.raises(UserError, match=r"shard-00001.arrow is missing"):
-        PackedDataset(tmp_path / "data", "train")
+        open_data_folder(tmp_path / "data")
 
 
 @pytest.mark.parametrize(
     ("processes", "accumulation", "batch"), [(1, 1, 8), (2, 1, 4), (1, 4, 2), (4, 2, 1), (2, 2, 2)]
 )
 def test_a_step_reads_the_same_rows_however_the_global_batch_is_split(processes, accumulation, batch):
-    orders = [RowOrder(50, batch, accumulation, processes, rank, seed=3) for rank in range(processes)]
-    reference = RowOrder(50, 8, seed=3)
+    orders = [RowOrder([50], batch, accumulation, processes, rank, seed=3) for rank in range(processes)]
+    reference = RowOrder([50], 8, seed=3)
     for step in (0, 1, 6, 40, 3, 100):  # in any order: no step needs the ones before it
         rows = [row for micro in range(accumulation) for order in orders for row in order.rows(step, micro)]
         assert rows == reference.rows(step, 0)
 
 
 def test_every_epoch_is_a_new_permutation_and_any_step_can_be_the_first():
-    order = RowOrder(num_rows=48, batch_size=4, seed=1)
+    order = RowOrder(num_rows=[48], batch_size=4, seed=1)
     steps = iter(order)
     epochs = [[row for _ in range(12) for row in next(steps)] for _ in range(3)]
     assert all(sorted(epoch) == list(range(48)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 3
-    assert next(iter(RowOrder(num_rows=48, batch_size=4, seed=1, first_step=25))) == epochs[2][4:8]
+    assert next(iter(RowOrder(num_rows=[48], batch_size=4, seed=1, first_step=25))) == epochs[2][4:8]
     assert [row for _, row in zip(range(48), epochs[0], strict=True)] != list(range(48))
-    other_seed = iter(RowOrder(num_rows=48, batch_size=4, seed=2))
+    other_seed = iter(RowOrder(num_rows=[48], batch_size=4, seed=2))
     assert [row for _ in range(12) for row in next(other_seed)] != epochs[0]
 
 

@@ -19,7 +19,7 @@ from tiny_models import random_ids, tiny_stock_model
 from transformers import AutoModelForCausalLM
 
 import modeling_gpt2scratch  # noqa: F401  registers the model type
-from pretraining.data import PackedDataset, RowOrder
+from pretraining.data import RowOrder, open_data_folder
 from pretraining.optim import learning_rate_factor
 
 STEPS = 300
@@ -159,8 +159,8 @@ def test_the_loop_is_a_plain_loop_over_the_same_rows(finished_run, data_dir, tmp
     succeed(script("train_accelerate.py", "--data_dir", data_dir, "--output_dir", tmp_path / "run", *arguments))
 
     model = AutoModelForCausalLM.from_pretrained(start)
-    rows = PackedDataset(data_dir, "train")
-    order = iter(RowOrder(len(rows), batch_size=12, seed=42))
+    rows = open_data_folder(data_dir).train
+    order = iter(RowOrder([len(rows)], batch_size=12, seed=42))
     matrices = [parameter for parameter in model.parameters() if parameter.ndim == 2]
     vectors = [parameter for parameter in model.parameters() if parameter.ndim == 1]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
@@ -168,7 +168,7 @@ def test_the_loop_is_a_plain_loop_over_the_same_rows(finished_run, data_dir, tmp
     for step, line in zip(range(8), metrics(tmp_path / "run"), strict=False):
         for group in optimizer.param_groups:
             group["lr"] = 1e-3 * learning_rate_factor(step, "cosine_with_min_lr", 2, 8)
-        input_ids = rows.__getitems__(next(order))
+        input_ids = rows.__getitems__(next(order)).long()
         logits = model(input_ids).logits[:, :-1]
         loss = torch.nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), input_ids[:, 1:].reshape(-1))
         optimizer.zero_grad()
@@ -208,13 +208,14 @@ def test_the_evaluation_is_the_mean_over_every_row_counted_once(finished_run, da
     flags = ("--model_name_or_path", finished_run[0], "--max_steps", 1, "--per_device_train_batch_size", 4)
     succeed(script("train_accelerate.py", "--data_dir", data_dir, "--output_dir", tmp_path / "run", *flags))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run").eval()
-    rows = PackedDataset(data_dir, "validation")
+    rows = open_data_folder(data_dir).validation
     assert len(rows) % 4 != 0  # a last batch that is not full
     losses = []
     with torch.no_grad():
         for index in range(len(rows)):
-            log_probabilities = model(rows[index][None]).logits[0, :-1].log_softmax(-1)
-            losses += (-log_probabilities.gather(-1, rows[index][1:, None])).flatten().tolist()
+            row = rows[index].long()
+            log_probabilities = model(row[None]).logits[0, :-1].log_softmax(-1)
+            losses += (-log_probabilities.gather(-1, row[1:, None])).flatten().tolist()
     assert metrics(tmp_path / "run")[-1]["eval_loss"] == pytest.approx(np.mean(losses), rel=1e-6)
     assert f"trained further from `{finished_run[0]}`" in (tmp_path / "run/README.md").read_text()
 
@@ -298,12 +299,12 @@ def test_a_checkpoint_of_another_global_batch_or_of_other_data_is_refused(finish
         (["--data_dir", "{tmp}/nowhere"], ["nowhere is not a data folder, it has no dataset.json"]),
         (
             ["--block_size", "64"],
-            ["the rows of --data_dir have 32 tokens", "--block_size 64 is beyond the model's 32 positions"],
+            ["the rows of {data} have 32 tokens"],
         ),
         (["--config_overrides", "n_positions=16"], ["--block_size 32 is beyond the model's 16 positions"]),
         (
             ["--config_overrides", "n_positions=32,vocab_size=300"],
-            ["the tokenizer of --data_dir has 320 tokens, more than the model's vocabulary of 300"],
+            ["the tokenizer of the data has 320 tokens, more than the model's vocabulary of 300"],
         ),
         (["--config_overrides", "n_layers=2"], ["the config has no 'n_layers', did you mean n_layer?"]),
         (["--config_overrides", "n_embd=33,n_head=2"], ["n_embd (33) must be a multiple of n_head (2)"]),
@@ -331,7 +332,9 @@ def test_bad_input_is_named_in_one_line_each_and_writes_nothing(arguments, messa
     errors = result.stderr.splitlines()
     assert len(errors) == len(messages), result.stderr
     for message in messages:
-        assert any(message.replace("{tmp}", str(tmp_path)) in error for error in errors), result.stderr
+        assert any(
+            message.replace("{tmp}", str(tmp_path)).replace("{data}", str(data_dir)) in error for error in errors
+        ), result.stderr
     assert all(error.startswith("train_accelerate.py: error: ") for error in errors)
     assert sorted(tmp_path.iterdir()) == before
 

@@ -1,0 +1,118 @@
+"""Several sources in one training run: what a recipe says of them, and which row comes from which."""
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+import yaml
+
+from pretraining.arguments import UserError, nearest, one_line
+
+ROWS_PER_ROUND = 1024  # weights hold to one part in so many
+
+
+@dataclass(frozen=True)
+class Source:
+    """
+    One entry under `mixture:` in a recipe, or the one source that the flags of the same names give.
+
+    Attributes:
+        weight: share of the rows, and so of the tokens, relative to the other sources' weights.
+    """
+
+    data_dir: str | None = None
+    dataset_name: str | None = None
+    dataset_config_name: str | None = None
+    dataset_revision: str | None = None
+    text_column: str = "text"
+    train_file: str | None = None
+    validation_file: str | None = None
+    weight: float = 1.0
+
+    @property
+    def name(self) -> str:
+        return self.data_dir or self.dataset_name or self.train_file or "a source without a name"
+
+    def problems(self, streaming: bool) -> list[str]:
+        """What is wrong with it by itself: an empty list if nothing is."""
+        found = []
+        if sum(map(bool, (self.data_dir, self.dataset_name, self.train_file))) != 1:
+            found.append("give one of --data_dir, --dataset_name and --train_file")
+        if self.data_dir and streaming:
+            found.append(f"--data_dir {self.data_dir} is packed already: leave --streaming out")
+        if self.train_file and not streaming:
+            found.append("--train_file is text: add --streaming, or pack it first with prepare_data.py")
+        if (self.dataset_config_name or self.dataset_revision) and not self.dataset_name:
+            found.append("--dataset_config_name and --dataset_revision need --dataset_name")
+        if self.validation_file and not self.train_file:
+            found.append("--validation_file needs --train_file")
+        if not isinstance(self.weight, int | float) or not 0 < self.weight < float("inf"):
+            found.append(f"the weight of {self.name} must be a number above 0, got {self.weight}")
+        return found
+
+
+def parse_mixture(entries: list[str]) -> list[Source]:
+    """
+    Args:
+        entries: each a YAML mapping of the names in `Source`, `{data_dir: data/web, weight: 0.7}`.
+
+    Raises:
+        UserError: with everything that is no such mapping, or names what a source does not have.
+    """
+    names = [field.name for field in fields(Source)]
+    sources, problems = [], []
+    for entry in entries:
+        try:
+            values = yaml.safe_load(entry)
+        except yaml.YAMLError as error:
+            problems.append(f"--mixture {entry}: not valid YAML: {one_line(error)}")
+            continue
+        if not isinstance(values, dict):
+            problems.append(f"--mixture {entry}: each source is a mapping, as {{data_dir: data/web, weight: 0.7}}")
+            continue
+        unknown = [str(key) for key in values if key not in names]
+        problems += [f"--mixture: a source has no '{key}'{nearest(key, names)}" for key in unknown]
+        if not unknown:
+            sources.append(Source(**values))
+    if problems:
+        raise UserError(*problems)
+    return sources
+
+
+class Schedule:
+    """
+    From which source each row comes, as a pure function of its place: any place can be asked for, in any order.
+
+    Every `ROWS_PER_ROUND` places in a row hold each source as often as its weight says, to the nearest whole number,
+    in an order of their own.
+
+    Args:
+        weights: of the sources, of any sum.
+        seed: whole numbers that the order depends on.
+    """
+
+    def __init__(self, weights: list[float], seed: list[int]):
+        shares = np.array(weights) / sum(weights) * ROWS_PER_ROUND
+        self.quotas = np.floor(shares).astype(int)
+        largest_remainders = np.argsort(self.quotas - shares, kind="stable")
+        self.quotas[largest_remainders[: ROWS_PER_ROUND - self.quotas.sum()]] += 1
+        if not self.quotas.all():
+            least = sum(weights) / ROWS_PER_ROUND
+            raise UserError(f"a weight of {min(weights)} is too small beside the others: at least {least:g} is needed")
+        self.seed = seed
+
+    def locate(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """For each place the source, and how many rows of that source lie before it."""
+        if len(self.quotas) == 1:
+            return np.zeros_like(places), places
+        sources, numbers = np.empty_like(places), np.empty_like(places)
+        rounds, offsets = np.divmod(places, ROWS_PER_ROUND)
+        for number in np.unique(rounds):
+            order = np.repeat(np.arange(len(self.quotas)), self.quotas)
+            np.random.default_rng([*self.seed, number]).shuffle(order)
+            earlier = np.empty_like(order)  # rows of the same source before each place of the round
+            for source, quota in enumerate(self.quotas):
+                earlier[order == source] = np.arange(quota)
+            here = rounds == number
+            sources[here] = order[offsets[here]]
+            numbers[here] = number * self.quotas[sources[here]] + earlier[offsets[here]]
+        return sources, numbers

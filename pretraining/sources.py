@@ -1,0 +1,191 @@
+"""
+What a run trains on, from the sources that its flags name to micro-batches. Here of packed rows, our own and borrowed
+ones; streams, which need `datasets`, are in streamed_data.py.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+from transformers import PreTrainedTokenizerBase
+
+from pretraining.arguments import UserError, one_line
+from pretraining.borrowed import open_borrowed_folder, token_files
+from pretraining.data import DataFolder, PackedDataset, RowOrder, concatenate, open_data_folder, training_batches
+from pretraining.mixture import Source
+from pretraining.tokenizer import load_tokenizer, tokenizer_fingerprint
+
+BLOCK_SIZE = 1024  # where neither the data nor a flag says: GPT-2's
+
+
+@dataclass
+class TrainingData:
+    """
+    Attributes:
+        sources: name, revision and share of each, for the model card.
+        fingerprint: sha256 of what a checkpoint's position depends on.
+        statistics: of one epoch of the training rows, as in `PackedDataset`; of a stream nobody knows them.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    block_size: int
+    validation: PackedDataset
+    sources: list[dict]
+    fingerprint: str
+    statistics: dict | None = None
+
+    def binding(self, split: "Split") -> dict:
+        """What has to be the same for a checkpoint's position to mean the same, beyond the global batch."""
+        return {}
+
+    def batches(self, split: "Split", seed: int, first_step: int, position: dict | None) -> Iterator[torch.Tensor]:
+        """
+        Micro-batches (batch_size, block_size) of one process, endless, from `first_step` on.
+
+        Args:
+            position: what the iterator's `position()` gave when the checkpoint was made, if it has one.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Split:
+    """How a global batch is divided."""
+
+    batch_size: int
+    gradient_accumulation_steps: int
+    num_processes: int
+    process_index: int
+    num_workers: int
+
+
+@dataclass
+class PackedData(TrainingData):
+    folders: list[DataFolder] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)
+
+    def batches(self, split: Split, seed: int, first_step: int, position: dict | None) -> Iterator[torch.Tensor]:
+        order = RowOrder(
+            num_rows=[len(folder.train) for folder in self.folders],
+            batch_size=split.batch_size,
+            gradient_accumulation_steps=split.gradient_accumulation_steps,
+            num_processes=split.num_processes,
+            process_index=split.process_index,
+            seed=seed,
+            first_step=first_step,
+            weights=self.weights,
+        )
+        return iter(training_batches(concatenate([folder.train for folder in self.folders]), order, split.num_workers))
+
+
+def open_packed(
+    sources: list[Source], tokenizer_name: str | None, block_size: int | None, state: PartialState
+) -> PackedData:
+    """
+    Data folders, packed datasets on the Hub and folders of other projects' token files, in any mixture. Each file is
+    read once by one process of each machine, to check it.
+
+    Args:
+        tokenizer_name: needed for token files of other projects, which come without; otherwise it has to be the one
+            that the data was made with.
+
+    Raises:
+        UserError: on all processes, with everything that is wrong with the files or does not fit together.
+    """
+    paths = [Path(source.data_dir) if source.data_dir else download(source, state) for source in sources]
+    borrowed = [not (path / "dataset.json").is_file() and any(token_files(path).values()) for path in paths]
+    if all(borrowed) and not tokenizer_name:
+        raise UserError(f"{paths[0]} holds token files without a tokenizer: --tokenizer_name openai-community/gpt2 ?")
+    own = next((path for path, other in zip(paths, borrowed, strict=True) if not other), None)
+    first = None if own is None else open_data_folder(own)
+    tokenizer = load_tokenizer(tokenizer_name or own / "tokenizer")
+    fingerprint = tokenizer_fingerprint(tokenizer)
+    block_size = block_size or (first.block_size if first else BLOCK_SIZE)
+    folders, problems = [], []
+    for path, other in zip(paths, borrowed, strict=True):
+        try:
+            if other:
+                folders.append(open_borrowed_folder(path, tokenizer, block_size))
+            else:
+                folders.append(open_data_folder(path, fingerprint))
+                if folders[-1].block_size != block_size:
+                    problems.append(
+                        f"--block_size {block_size}, but the rows of {path} have {folders[-1].block_size} tokens: "
+                        "prepare the data again with that block size"
+                    )
+        except UserError as error:
+            problems += error.problems
+    if problems:
+        raise UserError(*problems)
+    _check_once_a_machine(folders, state)
+    datasets = [folder.train for folder in folders]
+    weights = [source.weight for source in sources]
+    identity = folders[0].fingerprint
+    if len(folders) > 1:
+        identity = digest([[folder.fingerprint, weight] for folder, weight in zip(folders, weights, strict=True)])
+    return PackedData(
+        tokenizer=tokenizer,
+        block_size=block_size,
+        validation=concatenate([folder.validation for folder in folders]),
+        sources=named([{"name": folder.name, "revision": folder.revision} for folder in folders], weights),
+        fingerprint=identity,
+        statistics=concatenate(datasets).statistics,
+        folders=folders,
+        weights=weights,
+    )
+
+
+def download(source: Source, state: PartialState) -> Path:
+    """
+    A packed dataset that `prepare_data.py --push_to_hub` published: one process of each machine downloads it.
+
+    Raises:
+        UserError: if there is none of that name, or it is not packed.
+    """
+    name, problem, revision = source.dataset_name, None, source.dataset_revision
+    if state.is_local_main_process:
+        try:
+            revision = HfApi().dataset_info(name, revision=revision).sha
+            hf_hub_download(name, "dataset.json", repo_type="dataset", revision=revision)  # before anything large
+            snapshot_download(name, repo_type="dataset", revision=revision)
+        except Exception as error:  # no such dataset or revision, no network, a full disk
+            problem = (
+                f"--dataset_name {name} cannot be downloaded as packed data: {one_line(error)} (text that is not "
+                "packed needs --streaming, or prepare_data.py)"
+            )
+    answers = gather_object([(problem, revision)])
+    problems = list(dict.fromkeys(problem for problem, _ in answers if problem))
+    if problems:
+        raise UserError(*problems)
+    revision = answers[0][1]
+    return Path(snapshot_download(name, repo_type="dataset", revision=revision, local_files_only=True))
+
+
+def _check_once_a_machine(folders: list[DataFolder], state: PartialState) -> None:
+    """Have one process of each machine read all files, and all processes know what it found."""
+    finding = None
+    if state.is_local_main_process:
+        problems = [problem for folder in folders for problem in folder.check()]
+        finding = problems, [(folder.train.statistics, folder.validation.statistics) for folder in folders]
+    findings = [each for each in gather_object([finding]) if each]
+    if problems := [problem for found, _ in findings for problem in found]:
+        raise UserError(*dict.fromkeys(problems))
+    for folder, (train, validation) in zip(folders, findings[0][1], strict=True):
+        folder.train.statistics, folder.validation.statistics = train, validation
+
+
+def named(descriptions: list[dict], weights: list[float]) -> list[dict]:
+    """Descriptions of sources with the share of the rows that each gets."""
+    shares = [weight / sum(weights) for weight in weights]
+    return [{**description, "share": share} for description, share in zip(descriptions, shares, strict=True)]
+
+
+def digest(value: object) -> str:
+    """sha256 of something that JSON can hold."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,211 @@
+"""
+Streams: documents are read, tokenised and packed while the model trains, and every row knows how to go on from it.
+
+Each consumer (a data loader's worker of a process, or the process itself) reads a share of each source's documents.
+Every micro-batch carries the position behind it: where the reading stood, and the tokens that were left over. So a
+checkpoint needs nothing from the data loader, which may be any number of batches ahead.
+"""
+
+import os
+from collections.abc import Iterator
+
+import fsspec.asyn
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from transformers import PreTrainedTokenizerBase
+
+from pretraining.arguments import ProcessError, UserError
+from pretraining.corpus import Corpus, is_for_validation
+from pretraining.data import as_it_is
+from pretraining.encoding import Encoder
+from pretraining.mixture import Schedule
+from pretraining.shards import token_dtype
+
+
+class RowStream:
+    """
+    Endless rows of one consumer's share of one source, epoch after epoch, each an array (block_size,).
+
+    Args:
+        held_out: percentage of the documents that is for validation, and left out here.
+        share: (index, count) of the consumers.
+        position: what `position()` gave after the row before the first one that is wanted.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        tokenizer: PreTrainedTokenizerBase,
+        block_size: int,
+        held_out: int,
+        share: tuple[int, int],
+        seed: int,
+        position: dict | None = None,
+    ):
+        self.corpus = corpus
+        self.tokenizer = tokenizer
+        self.block_size = block_size
+        self.held_out = held_out
+        self.share = share
+        self.seed = seed
+        self._encoder: Encoder | None = None
+        position = position or {"epoch": 0, "upstream": None, "leftover": [], "row": 0}
+        # The tokens at hand are those left over from earlier documents and those of the documents read last.
+        self._leftover = self._tokens = np.array(position["leftover"], dtype=token_dtype(len(tokenizer)))
+        self._start_epoch(position["epoch"], position["upstream"])
+        if position["row"]:
+            self._read()
+        self._row = position["row"]
+
+    def __next__(self) -> np.ndarray:
+        while (self._row + 1) * self.block_size > len(self._tokens):
+            self._read()
+        start = self._row * self.block_size
+        self._row += 1
+        return self._tokens[start : start + self.block_size]
+
+    def position(self) -> dict:
+        """
+        As JSON: the epoch, the source's state before the documents read last, the tokens left over from before them,
+        and how many rows of both together are taken.
+        """
+        leftover = self._leftover.tolist()
+        return {"epoch": self._epoch, "upstream": self._upstream, "leftover": leftover, "row": self._row}
+
+    def _start_epoch(self, epoch: int, upstream: dict | None) -> None:
+        """From its beginning, or from a state of the source."""
+        self._epoch, self._upstream, self._next_upstream = epoch, upstream, upstream
+        self._is_dry = upstream is None  # no text has been seen of the whole epoch
+        self._share = self.corpus.share(*self.share, epoch, self.seed)
+        if upstream is not None:
+            self._share.documents.load_state_dict(upstream)
+        self._reads = self._share.batches()
+
+    def _read(self) -> None:
+        """The next documents' tokens, after what the rows have left of those at hand."""
+        self._leftover = self._tokens[len(self._tokens) // self.block_size * self.block_size :]
+        self._tokens, self._row, self._upstream = self._leftover, 0, self._next_upstream
+        texts = next(self._reads, None)
+        if texts is None:
+            if self._is_dry:
+                number = f"{self.share[1]} processes and workers"
+                raise UserError(f"{self.corpus.description['name']} has no text for one of {number}: use fewer")
+            self._start_epoch(self._epoch + 1, None)
+            return
+        self._next_upstream = self._share.documents.state_dict()
+        if self.held_out:
+            texts = [text for text in texts if not is_for_validation(text, self.held_out)]
+        if texts:
+            self._is_dry = False
+            self._encoder = self._encoder or Encoder(self.tokenizer, texts)
+            self._tokens = np.concatenate([self._leftover, *self._encoder(texts)])
+
+
+class PackedStream(IterableDataset):
+    """
+    Micro-batches of one process: (rows (batch_size, block_size) of uint16 or uint32, the position behind them).
+
+    Args:
+        corpora: the sources; `weights` are theirs.
+        process: (index, count).
+        positions: of this process's consumers, by number; None for one that starts at the beginning.
+        first_consumer: whose turn it is. A loader always begins with its worker 0.
+    """
+
+    def __init__(
+        self,
+        corpora: list[Corpus],
+        weights: list[float],
+        tokenizer: PreTrainedTokenizerBase,
+        block_size: int,
+        batch_size: int,
+        held_out: list[int],
+        process: tuple[int, int],
+        seed: int,
+        positions: list[dict | None],
+        first_consumer: int,
+    ):
+        self.corpora = corpora
+        self.weights = weights
+        self.tokenizer = tokenizer
+        self.block_size = block_size
+        self.batch_size = batch_size
+        self.held_out = held_out
+        self.process = process
+        self.seed = seed
+        self.positions = positions
+        self.first_consumer = first_consumer
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, dict] | UserError]:
+        worker = get_worker_info()
+        index, count = (worker.id, worker.num_workers) if worker else (0, 1)
+        consumer = (index + self.first_consumer) % count
+        try:
+            yield from self._micro_batches(consumer, count)
+        except UserError as error:
+            yield error  # raised here, a loader would wrap it into a traceback of its worker
+
+    def _micro_batches(self, consumer: int, count: int) -> Iterator[tuple[torch.Tensor, dict]]:
+        process, num_processes = self.process
+        share = (process * count + consumer, num_processes * count)
+        beginning = {"rows": 0, "sources": [None] * len(self.corpora)}
+        position = self.positions[consumer] or beginning  # None: it has not had its first turn yet
+        streams = [
+            RowStream(corpus, self.tokenizer, self.block_size, held_out, share, self.seed, at)
+            for corpus, held_out, at in zip(self.corpora, self.held_out, position["sources"], strict=True)
+        ]
+        schedule = Schedule(self.weights, [self.seed, share[0]])
+        first = position["rows"]
+        while True:
+            sources, _ = schedule.locate(np.arange(first, first + self.batch_size))
+            rows = np.stack([next(streams[source]) for source in sources])
+            first += self.batch_size
+            yield torch.from_numpy(rows), {"rows": first, "sources": [stream.position() for stream in streams]}
+
+
+class StreamBatches:
+    """
+    The micro-batches of a `PackedStream`, endless, and `position()` behind the last one that was taken.
+
+    Args:
+        make_stream: the stream from given `positions` and `first_consumer`.
+        position: to continue from, if not at the beginning.
+    """
+
+    def __init__(self, make_stream, num_workers: int, position: dict | None):
+        self.num_consumers = max(1, num_workers)
+        self.taken = position["taken"] if position else 0
+        self.positions = position["consumers"] if position else [None] * self.num_consumers
+        stream = make_stream(list(self.positions), self.taken % self.num_consumers)
+        loader = DataLoader(
+            stream,
+            batch_size=None,
+            collate_fn=as_it_is,
+            num_workers=num_workers,
+            pin_memory=torch.cuda.is_available(),
+            worker_init_fn=_after_fork,
+            generator=torch.Generator().manual_seed(0),  # see training_batches
+        )
+        self.batches = iter(loader)
+
+    def __iter__(self) -> "StreamBatches":
+        return self
+
+    def __next__(self) -> torch.Tensor:
+        batch = next(self.batches)
+        if isinstance(batch, UserError):
+            raise ProcessError(*batch.problems)
+        rows, self.positions[self.taken % self.num_consumers] = batch
+        self.taken += 1
+        return rows
+
+    def position(self) -> dict:
+        """As JSON: how many micro-batches were taken, and where each consumer stood at its last one."""
+        return {"taken": self.taken, "consumers": self.positions}
+
+
+def _after_fork(worker: int) -> None:
+    """A fork leaves threads behind: those of `tokenizers`, which would warn of it, and of fsspec, which would hang."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    fsspec.asyn.reset_lock()

@@ -1,0 +1,110 @@
+"""Training on streams of text: the sources that a run's flags name, opened, and what is kept back for validation."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from pretraining.arguments import UserError
+from pretraining.corpus import Corpus, hub_corpus, is_for_validation, local_corpus
+from pretraining.data import PackedDataset
+from pretraining.encoding import Encoder
+from pretraining.mixture import Source
+from pretraining.shards import TokenRows
+from pretraining.sources import BLOCK_SIZE, Split, TrainingData, digest, named
+from pretraining.stream import PackedStream, StreamBatches
+from pretraining.tokenizer import load_tokenizer, tokenizer_fingerprint
+
+VALIDATION_TOKENS = 1 << 19  # at most: it is read again at each start, at 5 % out of twenty times as many
+
+
+@dataclass
+class StreamedData(TrainingData):
+    stream: dict = field(default_factory=dict)  # arguments of PackedStream
+
+    def binding(self, split: Split) -> dict:
+        return {"num_processes": split.num_processes, "dataloader_num_workers": split.num_workers}
+
+    def batches(self, split: Split, seed: int, first_step: int, position: dict | None) -> Iterator[torch.Tensor]:
+        def make_stream(positions: list[dict | None], first_consumer: int) -> PackedStream:
+            return PackedStream(
+                **self.stream,
+                tokenizer=self.tokenizer,
+                block_size=self.block_size,
+                batch_size=split.batch_size,
+                process=(split.process_index, split.num_processes),
+                seed=seed,
+                positions=positions,
+                first_consumer=first_consumer,
+            )
+
+        return StreamBatches(make_stream, split.num_workers, position)
+
+
+def open_streams(
+    sources: list[Source], tokenizer_name: str, block_size: int | None, validation_split_percentage: int
+) -> StreamedData:
+    """
+    Texts on the Hub or in files, tokenised and packed while training.
+
+    Raises:
+        UserError: if one of them cannot be read, or there is no text for validation.
+    """
+    tokenizer = load_tokenizer(tokenizer_name)
+    block_size = block_size or BLOCK_SIZE
+    corpora, validation, held_out = [], [], []
+    for source in sources:
+        if source.train_file:
+            corpora.append(local_corpus(source.train_file, source.text_column))
+        else:
+            revision = source.dataset_revision
+            corpora.append(hub_corpus(source.dataset_name, source.dataset_config_name, revision, source.text_column))
+        apart = source.validation_file
+        validation.append(local_corpus(apart, source.text_column) if apart else corpora[-1])
+        held_out.append(0 if apart else validation_split_percentage)
+    weights = [source.weight for source in sources]
+    descriptions = [corpus.description for corpus in corpora]
+    identity = [descriptions, weights, held_out, [corpus.text_column for corpus in corpora], block_size]
+    return StreamedData(
+        tokenizer=tokenizer,
+        block_size=block_size,
+        validation=validation_rows(validation, held_out, tokenizer, block_size),
+        sources=named(descriptions, weights),
+        fingerprint=digest([*identity, tokenizer_fingerprint(tokenizer)]),
+        stream={"corpora": corpora, "weights": weights, "held_out": held_out},
+    )
+
+
+def validation_rows(
+    corpora: list[Corpus], held_out: list[int], tokenizer: PreTrainedTokenizerBase, block_size: int
+) -> PackedDataset:
+    """
+    The first documents that training leaves out, `VALIDATION_TOKENS` of them, from each source as many.
+
+    Raises:
+        UserError: if there is not enough text for one row.
+    """
+    tokens, documents, size = [], 0, 0
+    for corpus, percentage in zip(corpora, held_out, strict=True):
+        limit, encoder, read = VALIDATION_TOKENS // len(corpora), None, 0
+        for texts in corpus.batches():
+            texts = [text for text in texts if not percentage or is_for_validation(text, percentage)]
+            if texts:
+                encoder = encoder or Encoder(tokenizer, texts)
+                tokens += encoder(texts)
+                documents += len(texts)
+                size += sum(len(text.encode()) for text in texts)
+                read += sum(map(len, tokens[-len(texts) :]))
+            if read >= limit:
+                break
+    ids = np.concatenate(tokens) if tokens else np.empty(0, np.uint16)
+    num_rows = len(ids) // block_size
+    if not num_rows:
+        raise UserError(
+            f"the validation text is {len(ids)} tokens in {documents} documents, less than one row of --block_size "
+            f"{block_size}: give more text, a larger --validation_split_percentage or a --validation_file"
+        )
+    rows = ids[: num_rows * block_size].reshape(-1, 1, block_size)
+    return PackedDataset([TokenRows(rows, num_rows)], {"documents": documents, "tokens": len(ids), "bytes": size})
