@@ -9,11 +9,11 @@ Text to packed shards of token ids: read documents, tokenise, split into train a
 With no source given it uses the embedded corpus: the standard library of the interpreter that runs it.
 """
 
+import gzip
 import itertools
 import json
 import lzma
 import os
-import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -295,33 +295,36 @@ class Split:
             "shards": self.writer.shards,
         }
         if self.compressed:
-            statistics["compressed_bytes"] = self.compressed.sizes(self.bytes)
+            statistics["compressed_bytes"] = self.compressed.sizes()
         return statistics
 
 
 class Compressed:
-    """What `gzip -9` and `xz -9` need for a text: a yardstick for the model's bits per byte on the same text."""
+    """
+    What `gzip -9` and `xz -9` need for a text: a yardstick for the model's bits per byte on the same text. Of a text
+    beyond COMPRESSION_LIMIT_BYTES nothing is kept, as it would take them minutes.
+    """
 
     def __init__(self):
-        self.compressors = {
-            "gzip -9": zlib.compressobj(9, zlib.DEFLATED, 31),  # 31: with gzip's header and checksum
-            "xz -9": lzma.LZMACompressor(preset=9),
-        }
-        self.written = dict.fromkeys(self.compressors, 0)
+        self.texts: list[bytes] = []
         self.read = 0
 
     def add(self, text: bytes) -> None:
         self.read += len(text)
-        if self.read > COMPRESSION_LIMIT_BYTES:
-            return
-        for name, compressor in self.compressors.items():
-            self.written[name] += len(compressor.compress(text))
+        if self.read <= COMPRESSION_LIMIT_BYTES:
+            self.texts.append(text)
+        else:
+            self.texts.clear()
 
-    def sizes(self, total_bytes: int) -> dict[str, int] | None:
-        """Bytes by program, or None for a text beyond the limit, which would take minutes."""
+    def sizes(self) -> dict[str, int] | None:
+        """Bytes by program, or None beyond the limit."""
         if self.read > COMPRESSION_LIMIT_BYTES:
             return None
-        return {name: self.written[name] + len(compressor.flush()) for name, compressor in self.compressors.items()}
+        text = b"".join(self.texts)
+        return {
+            "gzip -9": len(gzip.compress(text, compresslevel=9)),
+            "xz -9": len(lzma.compress(text, preset=9)),
+        }
 
 
 def summary(output_dir: Path, info: dict) -> str:

@@ -45,27 +45,30 @@ def open_borrowed_folder(folder: Path, tokenizer: PreTrainedTokenizerBase, block
     sizes = bytes_of_tokens(tokenizer)
     if sizes is None:
         raise UserError(f"{folder} holds token files, which need a byte-level BPE such as GPT-2's as --tokenizer_name")
-    problems, splits, paths = [], {}, token_files(folder)
-    for split, word in (("train", "train"), ("validation", "val")):
-        files = []
+    problems, paths, files = [], token_files(folder), {"train": [], "validation": []}
+    for split, opened in files.items():
         for path in paths[split]:
             try:
-                files.append(_open_token_file(path, block_size))
+                opened.append(_open_token_file(path, block_size))
             except UserError as error:
                 problems += error.problems
         if not paths[split]:
+            word = {"train": "train", "validation": "val"}[split]
             problems.append(f"{folder} has no .npy or .bin file with '{word}' in its name")
-        tokens = sum(map(len, files)) * block_size
-        splits[split] = PackedDataset(files, {"documents": None, "tokens": tokens, "bytes": None})
     if problems:
         raise UserError(*problems)
+    splits = {
+        split: PackedDataset(opened, {"documents": None, "tokens": sum(map(len, opened)) * block_size, "bytes": None})
+        for split, opened in files.items()
+    }
 
     def check() -> list[str]:
         problems = []
         for split, dataset in splits.items():
             documents = size = 0
             for path, rows in zip(paths[split], dataset.files, strict=True):
-                for ids in _reads(rows):
+                for start in range(0, len(rows), ROWS_PER_READ):
+                    ids = rows.batches[start : start + ROWS_PER_READ]
                     largest = int(ids.max())
                     if largest >= len(tokenizer):
                         problems.append(
@@ -103,9 +106,8 @@ def _open_npy(path: Path) -> np.ndarray:
         tokens = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise UserError(f"{path} is damaged, it is no NumPy array: {error}") from None
-    if tokens.ndim != 1 or tokens.dtype not in (np.uint16, np.uint32):
-        found = f"{tokens.dtype} of shape {tokens.shape}"
-        raise UserError(f"{path} has {found}, where token files have one dimension of uint16 or uint32")
+    if tokens.ndim != 1 or tokens.dtype != np.uint16:
+        raise UserError(f"{path} has {tokens.dtype} of shape {tokens.shape}, where token files have uint16 in a row")
     return tokens
 
 
@@ -124,8 +126,3 @@ def _open_bin(path: Path) -> np.ndarray:
     if size != expected:
         raise UserError(f"{path} has {size} bytes, but its header says {num_tokens} tokens: {expected} bytes")
     return np.memmap(path, dtype="<u2", mode="r", offset=LLMC_HEADER_BYTES)
-
-
-def _reads(rows: TokenRows):
-    for start in range(0, len(rows), ROWS_PER_READ):
-        yield rows[np.arange(start, min(start + ROWS_PER_READ, len(rows)))]

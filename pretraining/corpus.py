@@ -291,13 +291,13 @@ def _read_json_lines(files: list[str]) -> Iterator[dict]:
                     raise UserError(f"line {number} of {Path(name).name} is not JSON: {error}") from None
                 if not isinstance(row, dict):
                     raise UserError(f"line {number} of {Path(name).name} is a {type(row).__name__}, not an object")
-                yield {key: _original_bytes(value) for key, value in row.items()}
+                yield row if line.isascii() else {key: _original_bytes(value) for key, value in row.items()}
 
 
 def _original_bytes(value: object) -> object:
     """A string as it was in the file, if it has bytes that are not UTF-8; anything else as it is."""
     try:
-        return value.encode("utf-8", "surrogateescape") if isinstance(value, str) and not value.isascii() else value
+        return value.encode("utf-8", "surrogateescape") if isinstance(value, str) else value
     except UnicodeEncodeError:
         return value
 

@@ -4,6 +4,7 @@ in any order through the memory map.
 """
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -45,33 +46,33 @@ class ShardWriter:
 
     def add(self, token_ids: np.ndarray) -> None:
         while len(token_ids):
-            part, token_ids = np.split(token_ids, [len(self._buffer) - self._buffered])
+            # A record batch ends where its shard does, so that all of a shard's but the last are of one size.
+            rows = min(ROWS_PER_RECORD_BATCH, self.rows_per_shard - self._rows_in_shard)
+            room = rows * self.block_size - self._buffered
+            part, token_ids = token_ids[:room], token_ids[room:]
             self._buffer[self._buffered : self._buffered + len(part)] = part
             self._buffered += len(part)
-            if self._buffered == len(self._buffer):
-                self._write_buffered_rows()
+            if self._buffered == rows * self.block_size:
+                self._write_rows(rows)
 
     def close(self) -> int:
         """Write what is left. Returns the number of tokens in the last, short row, which is dropped."""
-        self._write_buffered_rows()
+        rows, dropped = divmod(self._buffered, self.block_size)
+        if rows:
+            self._write_rows(rows)
         self._close_shard()
-        return self._buffered
+        return dropped
 
-    def _write_buffered_rows(self) -> None:
-        """Write the full rows in the buffer, starting new shards where one is full; keep the rest."""
-        full = self._buffered // self.block_size * self.block_size
-        rows = self._buffer[:full].reshape(-1, self.block_size)
-        while len(rows):
-            if self._stream is None:
-                self._stream = pa.ipc.new_stream(self._shard_path(), self.schema)
-            part, rows = np.split(rows, [min(len(rows), self.rows_per_shard - self._rows_in_shard)])
-            column = pa.FixedSizeListArray.from_arrays(pa.array(part.reshape(-1)), self.block_size)
-            self._stream.write_batch(pa.record_batch([column], schema=self.schema))
-            self._rows_in_shard += len(part)
-            if self._rows_in_shard == self.rows_per_shard:
-                self._close_shard()
-        self._buffer[: self._buffered - full] = self._buffer[full : self._buffered].copy()
-        self._buffered -= full
+    def _write_rows(self, rows: int) -> None:
+        """The first rows of the buffer as a record batch; what is behind them is forgotten."""
+        if self._stream is None:
+            self._stream = pa.ipc.new_stream(self._shard_path(), self.schema)
+        column = pa.FixedSizeListArray.from_arrays(pa.array(self._buffer[: rows * self.block_size]), self.block_size)
+        self._stream.write_batch(pa.record_batch([column], schema=self.schema))
+        self._rows_in_shard += rows
+        self._buffered = 0
+        if self._rows_in_shard == self.rows_per_shard:
+            self._close_shard()
 
     def _shard_path(self) -> Path:
         return self.folder / f"shard-{len(self.shards):05d}.arrow"
@@ -92,26 +93,21 @@ class ShardWriter:
         self._stream, self._rows_in_shard = None, 0
 
 
+@dataclass(frozen=True)
 class TokenRows:
     """
-    The rows of one file, memory-mapped: `rows[indices]` is an array (number of indices, block_size) of the file's
-    type, copied in one go.
+    The rows of one file, memory-mapped.
 
-    Args:
+    Attributes:
         batches: a view (batches, rows per batch, block_size) into the file. Of the last batch only the rows below
             `num_rows` are there.
     """
 
-    def __init__(self, batches: np.ndarray, num_rows: int):
-        self.batches = batches
-        self.num_rows = num_rows
-        self.dtype = batches.dtype
+    batches: np.ndarray
+    num_rows: int
 
     def __len__(self) -> int:
         return self.num_rows
-
-    def __getitem__(self, indices: np.ndarray) -> np.ndarray:
-        return self.batches[np.divmod(indices, self.batches.shape[1])]
 
 
 def token_dtype(vocab_size: int) -> np.dtype:

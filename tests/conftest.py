@@ -29,12 +29,12 @@ def script(name: str, *arguments: object, **environment: str) -> subprocess.Comp
     return run(sys.executable, REPOSITORY / name, *arguments, **environment)
 
 
-def launch(num_processes: int, name: str, *arguments: object) -> subprocess.CompletedProcess:
+def launch(num_processes: int, name: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess:
     """Run a script through `accelerate launch` on the CPU, in fp32, so that results can be compared."""
     accelerate = Path(sys.executable).with_name("accelerate")
     config = REPOSITORY / "configs" / "cpu.yaml"
     flags = ("--config_file", config, "--num_processes", num_processes, "--mixed_precision", "no")
-    return run(accelerate, "launch", *flags, REPOSITORY / name, *arguments, OMP_NUM_THREADS="1")
+    return run(accelerate, "launch", *flags, REPOSITORY / name, *arguments, OMP_NUM_THREADS="1", **environment)
 
 
 def succeed(result: subprocess.CompletedProcess) -> subprocess.CompletedProcess:

@@ -8,17 +8,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import TINY, launch, make_documents, metrics, script, succeed
+from accelerate import PartialState
+from conftest import TINY, launch, make_documents, metrics, succeed
 from safetensors.torch import load_file
 
 from pretraining import corpus as corpus_module
-from pretraining.arguments import UserError
+from pretraining.arguments import UserError, parse_arguments
 from pretraining.corpus import is_for_validation, local_corpus
 from pretraining.mixture import Source
 from pretraining.sources import Split
 from pretraining.stream import RowStream
 from pretraining.streamed_data import open_streams
 from pretraining.tokenizer import load_tokenizer, train_tokenizer
+from train_accelerate import TrainArguments, open_data
 
 BLOCK_SIZE = 32
 
@@ -243,14 +245,14 @@ def test_a_stream_that_cannot_be_read_stops_the_run_in_one_line_of_the_process_t
         ),
     ],
 )
-def test_bad_input_is_named_and_writes_nothing(arguments, messages, texts, tokenizer_dir, tmp_path):
+def test_bad_input_is_named(arguments, messages, texts, tokenizer_dir, tmp_path):
     places = {"{texts}": str(texts), "{tokenizer}": tokenizer_dir}
     for name, place in places.items():
         arguments = [argument.replace(name, place) for argument in arguments]
-    result = script("train_accelerate.py", "--output_dir", tmp_path / "run", *arguments)
-    assert result.returncode == 2, result.stderr
-    errors = [line for line in result.stderr.splitlines() if "error:" in line]
-    assert len(errors) == len(messages), result.stderr
+    with pytest.raises(UserError) as error:
+        arguments = parse_arguments(TrainArguments, "", ["--output_dir", str(tmp_path / "run"), *arguments])
+        open_data(arguments, PartialState(cpu=True))
+    problems = error.value.problems
+    assert len(problems) == len(messages), problems
     for message in messages:
-        assert any(message in error for error in errors), result.stderr
-    assert not (tmp_path / "run").exists()
+        assert any(message in problem for problem in problems), problems

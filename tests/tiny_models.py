@@ -23,9 +23,9 @@ def tiny_stock_model(**changes) -> GPT2LMHeadModel:
     return model
 
 
-def stock_model_with_the_weights_of(model: GPT2ScratchForCausalLM) -> GPT2LMHeadModel:
+def stock_model_with_the_weights_of(model: GPT2ScratchForCausalLM, **changes) -> GPT2LMHeadModel:
     """Copied one by one. Stock linear layers hold their weights transposed, and q, k and v in one."""
-    stock = tiny_stock_model()
+    stock = tiny_stock_model(**changes)
     with torch.no_grad():
         stock.transformer.wte.weight.copy_(model.model.embed_tokens.weight)
         stock.transformer.wpe.weight.copy_(model.model.embed_positions.weight)

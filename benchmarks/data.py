@@ -1,0 +1,242 @@
+"""
+Text to shards, and shuffled rows out of them, side by side with the two usual recipes on the same text and BPE.
+
+    python benchmarks/data.py                                                # on the Python standard library, repeated
+    python benchmarks/data.py --train_file 'texts/*.jsonl' --tokenizer_name openai-community/gpt2
+
+Each way of writing shards runs in a process of its own, in turns, and is timed from its first document to its last
+file, without imports. The two recipes are transcriptions of the projects' methods, with the tiktoken encoding of this
+tokenizer in place of "gpt2"; their documents lie ready in an Arrow file, while ours are read from JSON lines.
+"""
+
+import json
+import multiprocessing
+import os
+import platform
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from pretraining.arguments import flag, parse_arguments, run_script
+from pretraining.corpus import embedded_corpus, local_corpus
+from pretraining.encoding import Encoder
+from pretraining.tokenizer import load_tokenizer, train_tokenizer
+
+DOCUMENT_CHARACTERS = 4500  # about 1,000 tokens, as in FineWeb-Edu
+BLOCK_SIZE = 1024
+BATCH_ROWS = 64
+
+
+@dataclass
+class BenchmarkArguments:
+    train_file: str = flag(None, "text to use; the Python standard library, --repeat times, if left out")
+    tokenizer_name: str = flag(None, "a byte-level BPE; one of 32,768 tokens is trained on the text if left out")
+    repeat: int = flag(24, "how often the text is taken")
+    num_proc: int = flag(2, "cores to use")
+    rounds: int = flag(5, "times that each is measured")
+
+
+def ours(text: Path, tokenizer_dir: str, folder: Path, num_proc: int) -> int:
+    """prepare_data.py's own functions: read, split, encode, pack, hash, describe."""
+    from prepare_data import PrepareArguments, prepare
+
+    arguments = PrepareArguments(tokenizer_name=tokenizer_dir, num_proc=num_proc, block_size=BLOCK_SIZE)
+    corpus = local_corpus(str(text))
+    prepare(folder / "data", arguments, {"train": corpus.description}, corpus, None)
+    splits = json.loads((folder / "data/dataset.json").read_text())["splits"]
+    return sum(split["tokens"] for split in splits.values())
+
+
+def nanogpt(text: Path, tokenizer_dir: str, folder: Path, num_proc: int) -> int:
+    """nanoGPT's data/openwebtext/prepare.py: datasets.map with several processes, then one memmap in 1,024 parts."""
+    from datasets import Dataset
+
+    def process(example: dict) -> dict:
+        ids = ENCODING.encode_ordinary(example["text"])
+        ids.append(ENCODING.eot_token)
+        return {"ids": ids, "len": len(ids)}
+
+    documents = Dataset.from_file(str(text.with_suffix(".arrow")))
+    cache = str(folder / "cache.arrow")
+    tokenized = documents.map(process, remove_columns=["text"], num_proc=num_proc, cache_file_name=cache)
+    total = int(np.sum(tokenized["len"], dtype=np.uint64))
+    array = np.memmap(folder / "train.bin", dtype=np.uint16, mode="w+", shape=(total,))
+    parts, index = min(1024, len(tokenized)), 0
+    for part in range(parts):
+        batch = tokenized.shard(num_shards=parts, index=part, contiguous=True).with_format("numpy")
+        ids = np.concatenate(batch["ids"][:])
+        array[index : index + len(ids)] = ids
+        index += len(ids)
+    array.flush()
+    return total
+
+
+def build_nanogpt(text: Path, tokenizer_dir: str, folder: Path, num_proc: int) -> int:
+    """build-nanogpt's fineweb.py: a pool of processes, 16 documents a turn, shards of 100 million tokens as .npy."""
+    from datasets import Dataset
+
+    documents = Dataset.from_file(str(text.with_suffix(".arrow")))
+    shard_size, shard, total = 100_000_000, 0, 0
+    array, count = np.empty((shard_size,), dtype=np.uint16), 0
+    with multiprocessing.Pool(num_proc) as pool:
+        for tokens in pool.imap(build_nanogpt_tokens, documents, chunksize=16):
+            total += len(tokens)
+            if count + len(tokens) >= shard_size:
+                rest = shard_size - count
+                array[count:] = tokens[:rest]
+                np.save(folder / f"train_{shard:06d}.npy", array)
+                shard, tokens, count = shard + 1, tokens[rest:], 0
+            array[count : count + len(tokens)] = tokens
+            count += len(tokens)
+    np.save(folder / f"train_{shard:06d}.npy", array[:count])
+    return total
+
+
+def build_nanogpt_tokens(document: dict) -> np.ndarray:
+    tokens = np.array([ENCODING.eot_token, *ENCODING.encode_ordinary(document["text"])])
+    assert (tokens >= 0).all() and (tokens < 2**16).all()
+    return tokens.astype(np.uint16)
+
+
+WAYS = {"ours": ours, "build-nanogpt's": build_nanogpt, "nanoGPT's": nanogpt}
+
+
+def encoding_of(tokenizer_dir: str):
+    """As `tiktoken.get_encoding("gpt2")` would be if this tokenizer were GPT-2's."""
+    import tiktoken
+
+    bulk = Encoder(load_tokenizer(tokenizer_dir), [])
+    ranks = bulk.tiktoken._mergeable_ranks
+    specials = {"<|endoftext|>": len(ranks)}
+    pattern = bulk.tiktoken._pat_str
+    return tiktoken.Encoding("benchmark", pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials)
+
+
+def measure_one(way: str, text: str, tokenizer_dir: str, num_proc: str) -> None:
+    """In a process of its own: prints tokens, seconds, and the peak memory of the process and its children."""
+    global ENCODING
+    ENCODING = encoding_of(tokenizer_dir)
+    with tempfile.TemporaryDirectory() as folder:
+        started = time.perf_counter()
+        tokens = WAYS[way](Path(text), tokenizer_dir, Path(folder), int(num_proc))
+        seconds = time.perf_counter() - started
+    peaks = [resource.getrusage(who).ru_maxrss / 1024 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    print(json.dumps({"tokens": tokens, "seconds": seconds, "megabytes": peaks[0] + peaks[1] * int(num_proc)}))
+
+
+def run_way(way: str, text: Path, tokenizer_dir: str, num_proc: int) -> dict:
+    command = [sys.executable, __file__, "--measure", way, text, tokenizer_dir, num_proc]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+    result = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True)
+    if result.returncode:
+        raise RuntimeError(result.stderr)
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def write_text(path: Path, documents: list[str]) -> None:
+    """As JSON lines for us and as an Arrow file for the others."""
+    from datasets import Dataset
+
+    with open(path, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps({"text": text}) + "\n" for text in documents)
+    saved = path.parent / "saved"
+    Dataset.from_dict({"text": documents}).save_to_disk(saved, num_shards=1)
+    shutil.move(next(saved.glob("*.arrow")), path.with_suffix(".arrow"))
+    shutil.rmtree(saved)
+
+
+def benchmark_shards(args: BenchmarkArguments, work: Path, tokenizer_dir: str, pieces: list[str]) -> list[str]:
+    text, short = work / "text.jsonl", work / "short.jsonl"
+    write_text(text, pieces * args.repeat)
+    write_text(short, pieces * max(1, args.repeat // 4))
+    results = {way: [] for way in WAYS}
+    for _ in range(args.rounds):
+        for way in WAYS:
+            results[way].append(run_way(way, text, tokenizer_dir, args.num_proc))
+    size = sum(len(piece.encode()) for piece in pieces)
+    lines = [
+        f"Text to shards, {size * args.repeat / 1e6:.0f} MB in {len(pieces) * args.repeat:,} documents, "
+        f"{args.num_proc} cores, median of {args.rounds} rounds in turns:",
+        "",
+        "| recipe | million tokens/s | ours is | peak memory, MB | with a quarter of the text |",
+        "|---|---|---|---|---|",
+    ]
+    rates = {way: [run["tokens"] / run["seconds"] / 1e6 for run in runs] for way, runs in results.items()}
+    for way, runs in results.items():
+        ratio = statistics.median(ours / theirs for ours, theirs in zip(rates["ours"], rates[way], strict=True))
+        peak = statistics.median(run["megabytes"] for run in runs)
+        less = run_way(way, short, tokenizer_dir, args.num_proc)["megabytes"]
+        rate = statistics.median(rates[way])
+        lines.append(f"| {way} | {rate:.2f} | {f'{ratio:.2f} x' if way != 'ours' else ''} | {peak:.0f} | {less:.0f} |")
+    return lines
+
+
+def benchmark_rows(args: BenchmarkArguments, work: Path, tokenizer_dir: str) -> list[str]:
+    """Batches of shuffled rows as tensors of the files' type: ours, out of several shards, and from one raw memmap."""
+    import torch
+
+    from prepare_data import PrepareArguments, prepare
+    from pretraining.data import open_data_folder
+
+    arguments = PrepareArguments(tokenizer_name=tokenizer_dir, block_size=BLOCK_SIZE, shard_tokens=4_000_000)
+    corpus = local_corpus(str(work / "text.jsonl"))
+    prepare(work / "data", arguments, {"train": corpus.description}, corpus, None)
+    dataset = open_data_folder(work / "data").train
+    dataset.__getitems__(list(range(len(dataset)))).numpy().tofile(work / "raw.bin")
+    raw = np.memmap(work / "raw.bin", dtype=np.uint16, mode="r").reshape(-1, BLOCK_SIZE)
+    batches = np.array_split(np.random.default_rng(0).permutation(len(dataset)), len(dataset) // BATCH_ROWS)
+    lists = [batch.tolist() for batch in batches]
+
+    def seconds(read, indices) -> float:
+        started = time.perf_counter()
+        for batch in indices:
+            read(batch)
+        return time.perf_counter() - started
+
+    pairs = [
+        (seconds(dataset.__getitems__, lists), seconds(lambda batch: torch.from_numpy(raw[batch]), batches))
+        for _ in range(args.rounds + 1)
+    ][1:]  # the first one reads the files into memory
+    tokens = len(dataset) * BLOCK_SIZE / 1e6
+    ours, theirs = (statistics.median(tokens / pair[index] for pair in pairs) for index in (0, 1))
+    ratio = statistics.median(pair[1] / pair[0] for pair in pairs)
+    return [
+        f"Shuffled rows of {BLOCK_SIZE} tokens in batches of {BATCH_ROWS}, out of {len(dataset.files)} shards: ours "
+        f"{ours:.0f} million tokens/s, a raw memmap of one file {theirs:.0f}: {ratio:.2f} of it."
+    ]
+
+
+def main() -> None:
+    args = parse_arguments(BenchmarkArguments, __doc__)
+    corpus = local_corpus(args.train_file) if args.train_file else embedded_corpus()
+    starts = [(text, start) for text in corpus for start in range(0, len(text), DOCUMENT_CHARACTERS)]
+    pieces = [text[start : start + DOCUMENT_CHARACTERS] for text, start in starts]
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        tokenizer_dir = args.tokenizer_name
+        if not tokenizer_dir:
+            tokenizer_dir = str(work / "tokenizer")
+            train_tokenizer(pieces, 32_768).save_pretrained(tokenizer_dir)
+        lines = benchmark_shards(args, work, tokenizer_dir, pieces)
+        lines += ["", *benchmark_rows(args, work, tokenizer_dir)]
+    names = ", ".join(f"{name} {version(name)}" for name in ("datasets", "tokenizers", "tiktoken", "pyarrow", "numpy"))
+    print("\n".join([f"{date.today()}, {platform.machine()}, {os.cpu_count()} cores; {names}.", "", *lines]))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--measure"]:
+        measure_one(*sys.argv[2:])
+    else:
+        run_script(main)
