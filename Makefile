@@ -40,8 +40,9 @@ export SHOW
 data/demo/dataset.json: | $(READY)
 	$(PYTHON) prepare_data.py --output_dir data/demo --block_size 256
 
+# A file of tests on each of two cores: most of their time is that of processes which they start, one after the other.
 test: $(READY)
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest --numprocesses 2 --dist loadfile
 
 check: $(READY)
 	$(PYTHON) -m ruff format --check .

@@ -224,6 +224,7 @@ def train(
     run = Run(
         tokens_per_step=tokens_per_micro_step(args, block_size, num_processes)
         * accelerator.gradient_accumulation_steps,
+        data_name=data.name,
         data_fingerprint=data.fingerprint,
         data_binding=data.binding(split),
         flops_per_token=hardware.flops_per_token(num_parameters, config.n_layer, config.n_embd, block_size),

@@ -4,21 +4,21 @@ Text to shards, and shuffled rows out of them, side by side with the two usual r
     python benchmarks/data.py                                                # on the Python standard library, repeated
     python benchmarks/data.py --train_file 'texts/*.jsonl' --tokenizer_name openai-community/gpt2
 
-Each way of writing shards runs in a process of its own, in turns, and is timed from its first document to its last
-file, without imports. The two recipes are transcriptions of the projects' methods, with the tiktoken encoding of this
-tokenizer in place of "gpt2"; their documents lie ready in an Arrow file, while ours are read from JSON lines.
+Each way of writing shards runs in a process of its own, in turns, and is timed from the JSON lines to its last file,
+loading the tokenizer included and imports excluded. The two recipes are transcriptions of the projects' methods, with
+the tiktoken encoding of this tokenizer in place of "gpt2", and JSON lines for `load_dataset` in place of a download.
 """
 
+import contextlib
 import json
 import multiprocessing
 import os
 import platform
-import resource
-import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from dataclasses import dataclass
 from datetime import date
@@ -26,17 +26,21 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+import psutil
+from tokenizers import Tokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from pretraining.arguments import flag, parse_arguments, run_script
 from pretraining.corpus import embedded_corpus, local_corpus
-from pretraining.encoding import Encoder
+from pretraining.encoding import byte_level_bpe
 from pretraining.tokenizer import load_tokenizer, train_tokenizer
 
 DOCUMENT_CHARACTERS = 4500  # about 1,000 tokens, as in FineWeb-Edu
 BLOCK_SIZE = 1024
 BATCH_ROWS = 64
+# As tiktoken itself spells GPT-2's (tiktoken_ext/openai_public.py).
+TIKTOKEN_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 
 
 @dataclass
@@ -61,16 +65,18 @@ def ours(text: Path, tokenizer_dir: str, folder: Path, num_proc: int) -> int:
 
 def nanogpt(text: Path, tokenizer_dir: str, folder: Path, num_proc: int) -> int:
     """nanoGPT's data/openwebtext/prepare.py: datasets.map with several processes, then one memmap in 1,024 parts."""
-    from datasets import Dataset
+    from datasets import load_dataset
+
+    global ENCODING
+    ENCODING = encoding_of(tokenizer_dir)
 
     def process(example: dict) -> dict:
         ids = ENCODING.encode_ordinary(example["text"])
         ids.append(ENCODING.eot_token)
         return {"ids": ids, "len": len(ids)}
 
-    documents = Dataset.from_file(str(text.with_suffix(".arrow")))
-    cache = str(folder / "cache.arrow")
-    tokenized = documents.map(process, remove_columns=["text"], num_proc=num_proc, cache_file_name=cache)
+    documents = load_dataset("json", data_files=str(text), split="train", cache_dir=str(folder / "cache"))
+    tokenized = documents.map(process, remove_columns=["text"], num_proc=num_proc)
     total = int(np.sum(tokenized["len"], dtype=np.uint64))
     array = np.memmap(folder / "train.bin", dtype=np.uint16, mode="w+", shape=(total,))
     parts, index = min(1024, len(tokenized)), 0
@@ -85,9 +91,11 @@ def nanogpt(text: Path, tokenizer_dir: str, folder: Path, num_proc: int) -> int:
 
 def build_nanogpt(text: Path, tokenizer_dir: str, folder: Path, num_proc: int) -> int:
     """build-nanogpt's fineweb.py: a pool of processes, 16 documents a turn, shards of 100 million tokens as .npy."""
-    from datasets import Dataset
+    from datasets import load_dataset
 
-    documents = Dataset.from_file(str(text.with_suffix(".arrow")))
+    global ENCODING
+    ENCODING = encoding_of(tokenizer_dir)
+    documents = load_dataset("json", data_files=str(text), split="train", cache_dir=str(folder / "cache"))
     shard_size, shard, total = 100_000_000, 0, 0
     array, count = np.empty((shard_size,), dtype=np.uint16), 0
     with multiprocessing.Pool(num_proc) as pool:
@@ -117,23 +125,41 @@ def encoding_of(tokenizer_dir: str):
     """As `tiktoken.get_encoding("gpt2")` would be if this tokenizer were GPT-2's."""
     import tiktoken
 
-    bulk = Encoder(load_tokenizer(tokenizer_dir), [])
-    ranks = bulk.tiktoken._mergeable_ranks
+    tokenizer = Tokenizer.from_file(str(Path(tokenizer_dir) / "tokenizer.json"))
+    _, ranks, _ = byte_level_bpe(tokenizer)
     specials = {"<|endoftext|>": len(ranks)}
-    pattern = bulk.tiktoken._pat_str
-    return tiktoken.Encoding("benchmark", pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials)
+    return tiktoken.Encoding("gpt2", pat_str=TIKTOKEN_PATTERN, mergeable_ranks=ranks, special_tokens=specials)
 
 
 def measure_one(way: str, text: str, tokenizer_dir: str, num_proc: str) -> None:
     """In a process of its own: prints tokens, seconds, and the peak memory of the process and its children."""
-    global ENCODING
-    ENCODING = encoding_of(tokenizer_dir)
+    import datasets.packaged_modules.json.json  # noqa: F401  no import is timed, of all three
+
+    import prepare_data  # noqa: F401
+
+    load_tokenizer(tokenizer_dir)  # transformers imports what it needs when it is called
+    peak, done = [0], threading.Event()
+    sampler = threading.Thread(target=sample_memory, args=(peak, done))
+    sampler.start()
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
         tokens = WAYS[way](Path(text), tokenizer_dir, Path(folder), int(num_proc))
         seconds = time.perf_counter() - started
-    peaks = [resource.getrusage(who).ru_maxrss / 1024 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    print(json.dumps({"tokens": tokens, "seconds": seconds, "megabytes": peaks[0] + peaks[1] * int(num_proc)}))
+    done.set()
+    sampler.join()
+    print(json.dumps({"tokens": tokens, "seconds": seconds, "megabytes": peak[0] / 1e6}))
+
+
+def sample_memory(peak: list[int], done: threading.Event) -> None:
+    """The most memory seen of the process and its children, mapped files and libraries not counted."""
+    process = psutil.Process()
+    while not done.wait(0.2):
+        total = 0
+        for each in [process, *process.children(recursive=True)]:
+            with contextlib.suppress(psutil.Error):
+                memory = each.memory_info()
+                total += memory.rss - memory.shared
+        peak[0] = max(peak[0], total)
 
 
 def run_way(way: str, text: Path, tokenizer_dir: str, num_proc: int) -> dict:
@@ -145,22 +171,17 @@ def run_way(way: str, text: Path, tokenizer_dir: str, num_proc: int) -> dict:
     return json.loads(result.stdout.splitlines()[-1])
 
 
-def write_text(path: Path, documents: list[str]) -> None:
-    """As JSON lines for us and as an Arrow file for the others."""
-    from datasets import Dataset
-
+def write_text(path: Path, documents: list[str], repeat: int) -> None:
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in documents)
     with open(path, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps({"text": text}) + "\n" for text in documents)
-    saved = path.parent / "saved"
-    Dataset.from_dict({"text": documents}).save_to_disk(saved, num_shards=1)
-    shutil.move(next(saved.glob("*.arrow")), path.with_suffix(".arrow"))
-    shutil.rmtree(saved)
+        for _ in range(repeat):
+            file.write(lines)
 
 
 def benchmark_shards(args: BenchmarkArguments, work: Path, tokenizer_dir: str, pieces: list[str]) -> list[str]:
     text, short = work / "text.jsonl", work / "short.jsonl"
-    write_text(text, pieces * args.repeat)
-    write_text(short, pieces * max(1, args.repeat // 4))
+    write_text(text, pieces, args.repeat)
+    write_text(short, pieces, max(1, args.repeat // 4))
     results = {way: [] for way in WAYS}
     for _ in range(args.rounds):
         for way in WAYS:
@@ -196,8 +217,8 @@ def benchmark_rows(args: BenchmarkArguments, work: Path, tokenizer_dir: str) -> 
     dataset = open_data_folder(work / "data").train
     dataset.__getitems__(list(range(len(dataset)))).numpy().tofile(work / "raw.bin")
     raw = np.memmap(work / "raw.bin", dtype=np.uint16, mode="r").reshape(-1, BLOCK_SIZE)
-    batches = np.array_split(np.random.default_rng(0).permutation(len(dataset)), len(dataset) // BATCH_ROWS)
-    lists = [batch.tolist() for batch in batches]
+    shuffled = np.array_split(np.random.default_rng(0).permutation(len(dataset)), len(dataset) // BATCH_ROWS)
+    batches = [batch.tolist() for batch in shuffled]
 
     def seconds(read, indices) -> float:
         started = time.perf_counter()
@@ -206,7 +227,7 @@ def benchmark_rows(args: BenchmarkArguments, work: Path, tokenizer_dir: str) -> 
         return time.perf_counter() - started
 
     pairs = [
-        (seconds(dataset.__getitems__, lists), seconds(lambda batch: torch.from_numpy(raw[batch]), batches))
+        (seconds(dataset.__getitems__, batches), seconds(lambda batch: torch.from_numpy(raw[batch]), batches))
         for _ in range(args.rounds + 1)
     ][1:]  # the first one reads the files into memory
     tokens = len(dataset) * BLOCK_SIZE / 1e6

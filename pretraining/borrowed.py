@@ -81,7 +81,7 @@ def open_borrowed_folder(folder: Path, tokenizer: PreTrainedTokenizerBase, block
             dataset.statistics |= {"documents": documents, "bytes": size}
         return problems
 
-    listing = "".join(f"{path.name} {path.stat().st_size}\n" for path in paths["train"])
+    listing = "".join(f"{path.name} {path.stat().st_size} {block_size}\n" for path in paths["train"])
     digest = hashlib.sha256(listing.encode()).hexdigest()
     return DataFolder(
         name=f"{len(paths['train'])} files, {paths['train'][0].name} and on",

@@ -42,14 +42,14 @@ class PackedDataset(Dataset):
         # In memory, a row's address is that of its file, plus so much for each batch and row before it. All are within
         # one view of all addresses from the lowest on, one token apart: so rows of any files are a single copy in C,
         # where a loop over 100 files takes ten times as long.
-        self._addresses = np.array([view.ctypes.data for view in views])
+        addresses = np.array([view.ctypes.data for view in views])
+        sizes = np.array([view.strides[0] * len(view) for view in views])
+        lowest = views[addresses.argmin()]
+        self._row_bytes, self._token_bytes = lowest.strides[1:]
+        self._offsets = addresses - addresses.min()
         self._batch_rows = np.array([view.shape[1] for view in views])
         self._batch_bytes = np.array([view.strides[0] for view in views])
-        self._row_bytes, self._token_bytes = views[0].strides[1:]
-        span = int(self._addresses.max() - self._addresses.min()) + int(
-            (self._batch_bytes * list(map(len, views))).max()
-        )
-        lowest = views[self._addresses.argmin()]
+        span = int((self._offsets + sizes).max())
         self._windows = np.lib.stride_tricks.as_strided(
             lowest, (span // self._token_bytes, lowest.shape[2]), (self._token_bytes,) * 2, writeable=False
         )
@@ -66,8 +66,8 @@ class PackedDataset(Dataset):
             raise IndexError(f"rows {indices.min()} to {indices.max()} of {len(self)}")
         file = np.searchsorted(self._starts, indices, side="right") - 1
         batch, row = np.divmod(indices - self._starts[file], self._batch_rows[file])
-        address = self._addresses[file] + batch * self._batch_bytes[file] + row * self._row_bytes
-        return torch.from_numpy(self._windows[(address - self._addresses.min()) // self._token_bytes])
+        offset = self._offsets[file] + batch * self._batch_bytes[file] + row * self._row_bytes
+        return torch.from_numpy(self._windows[offset // self._token_bytes])
 
     @property
     def bytes_per_token(self) -> float:

@@ -22,7 +22,7 @@ class Run:
 
     Attributes:
         tokens_per_step: of all processes together.
-        data_fingerprint, data_binding: see `sources.TrainingData`.
+        data_name, data_fingerprint, data_binding: see `sources.TrainingData`.
         step: optimizer steps done.
         elapsed_before: seconds that earlier starts of the program took.
         flops_per_token: see `hardware.flops_per_token`.
@@ -30,6 +30,7 @@ class Run:
     """
 
     tokens_per_step: int
+    data_name: str
     data_fingerprint: str
     data_binding: dict[str, int]
     flops_per_token: int
@@ -71,6 +72,7 @@ class Run:
         return {
             "step": self.step,
             "tokens_per_step": self.tokens_per_step,
+            "data_name": self.data_name,
             "data_fingerprint": self.data_fingerprint,
             "data_binding": self.data_binding,
             "elapsed_seconds": self.elapsed_seconds,
@@ -90,7 +92,8 @@ class Run:
         name, tokens = f"the checkpoint of step {position['step']}", position["tokens_per_step"]
         problems = []
         if position["data_fingerprint"] != self.data_fingerprint:
-            problems.append(f"{name} was trained on other data than is given now")
+            before, now = position.get("data_name", "other data"), self.data_name
+            problems.append(f"{name} was trained on other data: on {before}, now it would be {now}")
         for key, value in position.get("data_binding", {}).items():
             if self.data_binding.get(key, value) != value:
                 now = self.data_binding[key]

@@ -19,6 +19,7 @@ from pretraining.arguments import UserError, one_line
 from pretraining.borrowed import open_borrowed_folder, token_files
 from pretraining.data import DataFolder, PackedDataset, RowOrder, concatenate, open_data_folder, training_batches
 from pretraining.mixture import Source
+from pretraining.shards import read_data_folder
 from pretraining.tokenizer import load_tokenizer, tokenizer_fingerprint
 
 BLOCK_SIZE = 1024  # where neither the data nor a flag says: GPT-2's
@@ -39,6 +40,11 @@ class TrainingData:
     sources: list[dict]
     fingerprint: str
     statistics: dict | None = None
+
+    @property
+    def name(self) -> str:
+        """What the sources are, in a line."""
+        return ", ".join(f"{source['name']} (revision {source['revision']})" for source in self.sources)
 
     def binding(self, split: "Split") -> dict:
         """What has to be the same for a checkpoint's position to mean the same, beyond the global batch."""
@@ -99,32 +105,14 @@ def open_packed(
         UserError: on all processes, with everything that is wrong with the files or does not fit together.
     """
     paths = [Path(source.data_dir) if source.data_dir else download(source, state) for source in sources]
-    borrowed = [not (path / "dataset.json").is_file() and any(token_files(path).values()) for path in paths]
-    if all(borrowed) and not tokenizer_name:
+    own = next((path for path in paths if not _is_borrowed(path)), None)
+    if own is None and not tokenizer_name:
         raise UserError(f"{paths[0]} holds token files without a tokenizer: --tokenizer_name openai-community/gpt2 ?")
-    own = next((path for path, other in zip(paths, borrowed, strict=True) if not other), None)
-    first = None if own is None else open_data_folder(own)
+    if block_size is None:
+        block_size = BLOCK_SIZE if own is None else read_data_folder(own)["block_size"]
     tokenizer = load_tokenizer(tokenizer_name or own / "tokenizer")
-    fingerprint = tokenizer_fingerprint(tokenizer)
-    block_size = block_size or (first.block_size if first else BLOCK_SIZE)
-    folders, problems = [], []
-    for path, other in zip(paths, borrowed, strict=True):
-        try:
-            if other:
-                folders.append(open_borrowed_folder(path, tokenizer, block_size))
-            else:
-                folders.append(open_data_folder(path, fingerprint))
-                if folders[-1].block_size != block_size:
-                    problems.append(
-                        f"--block_size {block_size}, but the rows of {path} have {folders[-1].block_size} tokens: "
-                        "prepare the data again with that block size"
-                    )
-        except UserError as error:
-            problems += error.problems
-    if problems:
-        raise UserError(*problems)
+    folders = _open_folders(paths, tokenizer, block_size)
     _check_once_a_machine(folders, state)
-    datasets = [folder.train for folder in folders]
     weights = [source.weight for source in sources]
     identity = folders[0].fingerprint
     if len(folders) > 1:
@@ -135,10 +123,37 @@ def open_packed(
         validation=concatenate([folder.validation for folder in folders]),
         sources=named([{"name": folder.name, "revision": folder.revision} for folder in folders], weights),
         fingerprint=identity,
-        statistics=concatenate(datasets).statistics,
+        statistics=concatenate([folder.train for folder in folders]).statistics,
         folders=folders,
         weights=weights,
     )
+
+
+def _is_borrowed(path: Path) -> bool:
+    return not (path / "dataset.json").is_file() and any(token_files(path).values())
+
+
+def _open_folders(paths: list[Path], tokenizer: PreTrainedTokenizerBase, block_size: int) -> list[DataFolder]:
+    """All of them, or a `UserError` with what is wrong with any of them."""
+    fingerprint = tokenizer_fingerprint(tokenizer)
+    folders, problems = [], []
+    for path in paths:
+        try:
+            if _is_borrowed(path):
+                folders.append(open_borrowed_folder(path, tokenizer, block_size))
+                continue
+            folder = open_data_folder(path, fingerprint)
+            folders.append(folder)
+            if folder.block_size != block_size:
+                problems.append(
+                    f"--block_size {block_size}, but the rows of {path} have {folder.block_size} tokens: prepare the "
+                    "data again with that block size"
+                )
+        except UserError as error:
+            problems += error.problems
+    if problems:
+        raise UserError(*problems)
+    return folders
 
 
 def download(source: Source, state: PartialState) -> Path:

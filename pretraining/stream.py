@@ -6,6 +6,7 @@ Every micro-batch carries the position behind it: where the reading stood, and t
 checkpoint needs nothing from the data loader, which may be any number of batches ahead.
 """
 
+import json
 import os
 from collections.abc import Iterator
 
@@ -104,7 +105,8 @@ class RowStream:
 
 class PackedStream(IterableDataset):
     """
-    Micro-batches of one process: (rows (batch_size, block_size) of uint16 or uint32, the position behind them).
+    Micro-batches of one process: rows (batch_size, block_size) of uint16 or uint32, and the position behind them as
+    JSON, which a loader passes on as it is, where it would look at every number of a dictionary.
 
     Args:
         corpora: the sources; `weights` are theirs.
@@ -137,7 +139,7 @@ class PackedStream(IterableDataset):
         self.positions = positions
         self.first_consumer = first_consumer
 
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, dict] | UserError]:
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, str] | UserError]:
         worker = get_worker_info()
         index, count = (worker.id, worker.num_workers) if worker else (0, 1)
         consumer = (index + self.first_consumer) % count
@@ -146,7 +148,7 @@ class PackedStream(IterableDataset):
         except UserError as error:
             yield error  # raised here, a loader would wrap it into a traceback of its worker
 
-    def _micro_batches(self, consumer: int, count: int) -> Iterator[tuple[torch.Tensor, dict]]:
+    def _micro_batches(self, consumer: int, count: int) -> Iterator[tuple[torch.Tensor, str]]:
         process, num_processes = self.process
         share = (process * count + consumer, num_processes * count)
         beginning = {"rows": 0, "sources": [None] * len(self.corpora)}
@@ -161,7 +163,8 @@ class PackedStream(IterableDataset):
             sources, _ = schedule.locate(np.arange(first, first + self.batch_size))
             rows = np.stack([next(streams[source]) for source in sources])
             first += self.batch_size
-            yield torch.from_numpy(rows), {"rows": first, "sources": [stream.position() for stream in streams]}
+            position = {"rows": first, "sources": [stream.position() for stream in streams]}
+            yield torch.from_numpy(rows), json.dumps(position)
 
 
 class StreamBatches:
@@ -196,13 +199,14 @@ class StreamBatches:
         batch = next(self.batches)
         if isinstance(batch, UserError):
             raise ProcessError(*batch.problems)
-        rows, self.positions[self.taken % self.num_consumers] = batch
+        rows, position = batch
+        self.positions[self.taken % self.num_consumers] = json.loads(position)
         self.taken += 1
         return rows
 
     def position(self) -> dict:
         """As JSON: how many micro-batches were taken, and where each consumer stood at its last one."""
-        return {"taken": self.taken, "consumers": self.positions}
+        return {"taken": self.taken, "consumers": list(self.positions)}
 
 
 def _after_fork(worker: int) -> None:

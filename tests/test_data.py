@@ -12,8 +12,10 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from conftest import REPOSITORY, make_documents, script, succeed
+from conftest import REPOSITORY, make_documents, run, script, succeed
 from datasets import Dataset
 from transformers import AutoTokenizer
 
@@ -83,6 +85,76 @@ def test_the_rows_decode_to_the_documents_in_order_less_the_counted_tail(packed,
         assert found[:-1] == documents[: len(found) - 1]
         assert documents[len(found) - 1].startswith(found[-1])
         assert len(documents) - len(found) <= statistics["dropped_tokens"]
+
+
+def write_documents(folder, form: str, documents: list[bytes | None]) -> str:
+    """As one of the kinds of file that can be read, bytes that are not UTF-8 and all. Returns the glob for them."""
+    folder.mkdir()
+    if form == "txt":
+        for index, document in enumerate(documents):
+            (folder / f"{index:04d}.txt").write_bytes(document or b"")
+    elif form == "jsonl":
+        with open(folder / "documents.jsonl", "wb") as file:
+            for index, document in enumerate(documents):
+                text = b"null" if document is None else b'"' + document.replace(b"\n", b"\\n") + b'"'
+                file.write(b'{"id": %d, "text": %s}\n' % (index, text))
+    else:
+        # pa.array(type=pa.string()) would refuse what is not UTF-8; files in the wild hold it all the same.
+        column = pa.array(documents, pa.binary())
+        column = pa.Array.from_buffers(pa.string(), len(column), column.buffers())
+        table = pa.table({"id": range(len(documents)), "text": column})
+        pq.write_table(table, folder / "documents.parquet", row_group_size=30)
+    return f"{folder}/*.{form}"
+
+
+@pytest.mark.parametrize("form", ["txt", "jsonl", "parquet"])
+def test_null_empty_and_invalid_documents_are_counted_and_the_rest_is_kept_byte_for_byte(form, tmp_path):
+    documents = [text.encode() for text in make_documents(150, seed=1)]
+    documents[3] = documents[77] = b""
+    documents[4] = documents[78] = documents[79] = None
+    documents[10] = b"not \xff UTF-8 \xe6\x97\n" * 4
+    documents[100] = "\ufffd was there before".encode()
+    documents[101] = "<|endoftext|> is a word, 日本語 and 🤗 are others".encode()
+    documents[102] = b"".join(documents[20:70])  # longer than several shards
+    pattern = write_documents(tmp_path / "texts", form, documents)
+    flags = ("--tokenizer_vocab_size", 400, "--block_size", 64, "--shard_tokens", 4000)
+    succeed(script("prepare_data.py", "--train_file", pattern, "--output_dir", tmp_path / "data", *flags))
+    info = json.loads((tmp_path / "data/dataset.json").read_text())
+    assert info["documents"] == {"without_text": 5, "with_invalid_utf8": 1}
+    expected = {"train": [], "validation": []}
+    for split, text in split_documents([text.decode(errors="replace") for text in documents if text], 5, 42):
+        expected[split].append(text)
+    for split, texts in expected.items():
+        found = decoded_documents(tmp_path / "data", split)
+        assert found[:-1] == texts[: len(found) - 1]
+        assert texts[len(found) - 1].startswith(found[-1])
+        assert sum(map(len, texts[len(found) :])) <= 64 * 8  # in the counted tail
+        assert info["splits"][split]["bytes"] == sum(len(text.encode()) for text in texts)
+
+
+MEASURE_MEMORY = """
+import resource, runpy, sys
+sys.argv = sys.argv[1:]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+finally:
+    print("megabytes:", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+
+
+def test_memory_does_not_grow_with_the_text(packed, tmp_path):
+    megabytes = []
+    for size in (10, 80):
+        with open(tmp_path / f"{size}.jsonl", "w") as file:
+            lines = "".join(json.dumps({"text": text}) + "\n" for text in make_documents(1000, seed=size))
+            for _ in range(size):
+                file.write(lines)
+        flags = ("--train_file", tmp_path / f"{size}.jsonl", "--tokenizer_name", packed / "tokenizer")
+        command = (sys.executable, "-c", MEASURE_MEMORY, REPOSITORY / "prepare_data.py", *flags)
+        result = succeed(run(*command, "--output_dir", tmp_path / str(size), cwd=tmp_path, PYTHONPATH=str(REPOSITORY)))
+        megabytes.append(int(result.stdout.rsplit("megabytes: ", 1)[1]))
+    assert (tmp_path / "80.jsonl").stat().st_size > 70e6
+    assert megabytes[1] - megabytes[0] < 25, megabytes
 
 
 def test_what_dataset_json_says_of_the_files_is_so(packed):

@@ -288,7 +288,7 @@ def test_a_checkpoint_of_another_global_batch_or_of_other_data_is_refused(finish
     succeed(script("prepare_data.py", "--output_dir", tmp_path / "other", *prepare))
     result = script("train_accelerate.py", *flags, "--data_dir", tmp_path / "other")
     assert result.returncode == 2
-    assert "was trained on other data" in result.stderr
+    assert "was trained on other data: on documents.jsonl (revision " in result.stderr
 
 
 @pytest.mark.parametrize(
