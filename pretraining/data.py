@@ -69,6 +69,9 @@ class PackedDataset(Dataset):
         offset = self._offsets[file] + batch * self._batch_bytes[file] + row * self._row_bytes
         return torch.from_numpy(self._windows[offset // self._token_bytes])
 
+    def __reduce__(self):
+        raise TypeError("rows mapped into memory cannot be sent to another process: fork it, or open the files there")
+
     @property
     def bytes_per_token(self) -> float:
         return self.statistics["bytes"] / self.statistics["tokens"]
@@ -151,6 +154,7 @@ def training_batches(dataset: PackedDataset, order: RowOrder, num_workers: int =
         batch_sampler=order,
         collate_fn=as_it_is,
         num_workers=num_workers,
+        multiprocessing_context="fork" if num_workers else None,  # workers share the maps
         pin_memory=torch.cuda.is_available(),
         # Without a generator of its own, every iter() would draw a base seed from the global one and change dropout.
         generator=torch.Generator().manual_seed(0),

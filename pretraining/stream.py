@@ -186,6 +186,7 @@ class StreamBatches:
             batch_size=None,
             collate_fn=as_it_is,
             num_workers=num_workers,
+            multiprocessing_context="fork" if num_workers else None,
             pin_memory=torch.cuda.is_available(),
             worker_init_fn=_after_fork,
             generator=torch.Generator().manual_seed(0),  # see training_batches

@@ -5,11 +5,17 @@ import os
 import random
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may need the network
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"  # the other core is another worker's
+
+from pretraining.arguments import run_script
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 WORDS = """apple bridge candle desert engine forest garden harbor island jacket kettle ladder meadow needle orchard
@@ -17,8 +23,8 @@ WORDS = """apple bridge candle desert engine forest garden harbor island jacket 
 
 
 def run(*command: object, cwd: Path = REPOSITORY, **environment: str) -> subprocess.CompletedProcess:
-    """Run a command to its end, on the CPU with two threads, and keep its output."""
-    variables = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "2", **environment}
+    """Run a command to its end, on the CPU with one thread, and keep its output."""
+    variables = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **environment}
     return subprocess.run(
         [str(word) for word in command], cwd=cwd, env=variables, capture_output=True, text=True, timeout=300
     )
@@ -27,6 +33,24 @@ def run(*command: object, cwd: Path = REPOSITORY, **environment: str) -> subproc
 def script(name: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess:
     """Run one of the repository's scripts in a process of its own."""
     return run(sys.executable, REPOSITORY / name, *arguments, **environment)
+
+
+@pytest.fixture
+def refuse(monkeypatch, capfd) -> Callable[..., list[str]]:
+    """
+    `refuse(module, *arguments)`: what a script says on stderr to a command line that it has to refuse with status 2.
+    It runs in this process: dozens of command lines need not import everything once more.
+    """
+
+    def call(module: ModuleType, *arguments: object) -> list[str]:
+        monkeypatch.setattr(sys, "argv", [module.__file__, *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as end:
+            run_script(module.main)
+        assert end.value.code == 2
+        return capfd.readouterr().err.splitlines()
+
+    return call
 
 
 def launch(num_processes: int, name: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess:

@@ -144,6 +144,9 @@ def test_rows_of_many_small_files_are_those_of_one_large(small_shards, data_dir)
     indices = np.random.default_rng(0).integers(len(small.train), size=100).tolist()
     assert torch.equal(small.train.__getitems__(indices), large.train.__getitems__(indices))
     assert small.check() == large.check() == []
+    for outside in (-1, len(small.train)):
+        with pytest.raises(IndexError):
+            small.train[outside]
 
 
 # Token files of other projects

@@ -19,10 +19,12 @@ from tiny_models import random_ids, tiny_stock_model
 from transformers import AutoModelForCausalLM
 
 import modeling_gpt2scratch  # noqa: F401  registers the model type
+import train_accelerate
 from pretraining.data import RowOrder, open_data_folder
 from pretraining.optim import learning_rate_factor
 
 STEPS = 300
+SMALL_BATCH = ("--per_device_train_batch_size", 4)
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +181,9 @@ def test_the_loop_is_a_plain_loop_over_the_same_rows(finished_run, data_dir, tmp
         assert line["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
     trained = load_file(tmp_path / "run/model.safetensors")
     for name in trained.keys() - key_biases(trained):
-        torch.testing.assert_close(trained[name], model.state_dict()[name], rtol=0, atol=1e-5)
+        # In norm: AdamW scales a gradient that is nearly zero, and so mostly rounding, up to a full step as well.
+        difference = (trained[name] - model.state_dict()[name]).norm()
+        assert difference <= 2e-5 * model.state_dict()[name].norm(), name
 
 
 def test_two_processes_train_and_evaluate_as_one_does(data_dir, tmp_path):
@@ -237,7 +241,7 @@ def test_a_killed_run_continues_to_the_same_weights_bit_for_bit(data_dir, tmp_pa
 
     flags = ("--data_dir", data_dir, "--output_dir", tmp_path / "killed", "--per_device_train_batch_size", 4)
     command = [sys.executable, REPOSITORY / "train_accelerate.py", *flags, "--logging_steps", 1, *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(list(map(str, command)), env=environment, stderr=subprocess.DEVNULL)
     log = tmp_path / "killed/metrics.jsonl"
     deadline = time.monotonic() + 120
@@ -323,18 +327,16 @@ def test_a_checkpoint_of_another_global_batch_or_of_other_data_is_refused(finish
         (["--output_dir", "{tmp}"], ["exists and is not a run folder"]),
     ],
 )
-def test_bad_input_is_named_in_one_line_each_and_writes_nothing(arguments, messages, data_dir, tmp_path):
+def test_bad_input_is_named_in_one_line_each_and_writes_nothing(arguments, messages, data_dir, tmp_path, refuse):
     (tmp_path / "recipe.yaml").write_text("learning_rat: 0.1\n")
     before = sorted(tmp_path.iterdir())
     arguments = [argument.replace("{tmp}", str(tmp_path)) for argument in arguments]
-    result = train(data_dir, tmp_path / "run", *arguments)
-    assert result.returncode == 2, result.stderr
-    errors = result.stderr.splitlines()
-    assert len(errors) == len(messages), result.stderr
+    places = ("--data_dir", data_dir, "--output_dir", tmp_path / "run")
+    errors = refuse(train_accelerate, *places, "--config_overrides", TINY, *SMALL_BATCH, *arguments)
+    assert len(errors) == len(messages), errors
     for message in messages:
-        assert any(
-            message.replace("{tmp}", str(tmp_path)).replace("{data}", str(data_dir)) in error for error in errors
-        ), result.stderr
+        message = message.replace("{tmp}", str(tmp_path)).replace("{data}", str(data_dir))
+        assert any(message in error for error in errors), errors
     assert all(error.startswith("train_accelerate.py: error: ") for error in errors)
     assert sorted(tmp_path.iterdir()) == before
 
