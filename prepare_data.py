@@ -25,13 +25,13 @@ from transformers import PreTrainedTokenizerBase
 from pretraining.arguments import UserError, flag, parse_arguments, run_script
 from pretraining.corpus import Corpus, embedded_corpus, hub_corpus, local_corpus, split_documents
 from pretraining.encoding import encode_documents
-from pretraining.files import folder_in_progress
+from pretraining.files import folder_in_progress, usable_cores
 from pretraining.publish_data import push_dataset
 from pretraining.shards import FORMAT_VERSION, ShardWriter, read_data_folder
 from pretraining.tokenizer import SMALLEST_VOCABULARY, load_tokenizer, tokenizer_fingerprint, train_tokenizer
 
 CONTENTS = {"train", "validation", "tokenizer", "dataset.json", "README.md"}
-TOKENIZER_TRAINING_BYTES = 1 << 30  # more text does not change which pairs are frequent
+TOKENIZER_TRAINING_CHARACTERS = 1 << 30  # more text does not change which pairs are frequent
 COMPRESSION_LIMIT_BYTES = 2 << 20  # xz -9 takes a second for this much
 # Flags that do not decide what a data folder holds, or are recorded as its source.
 NEUTRAL = """output_dir dataset_name dataset_config_name dataset_revision train_file validation_file num_proc
@@ -90,8 +90,8 @@ class PrepareArguments:
 def main() -> None:
     args = parse_arguments(PrepareArguments, __doc__)
     output_dir = Path(args.output_dir)
-    if output_dir.is_symlink():
-        output_dir = output_dir.resolve()  # a finished folder is moved into place, which cannot replace a link
+    if output_dir.is_symlink() or not output_dir.name:
+        output_dir = output_dir.resolve()  # a finished folder is moved into place, which cannot replace a link or "."
     if args.num_proc:
         os.environ["RAYON_NUM_THREADS"] = str(args.num_proc)  # read by tokenizers when it is first used
 
@@ -171,6 +171,9 @@ def already_prepared(output_dir: Path, args: PrepareArguments, source: dict) -> 
     info = read_data_folder(output_dir)
     wanted = {**args.settings(), "source": source}
     found = {**info["settings"], "source": info["source"]}
+    if args.tokenizer_name:  # the name of a folder says little
+        wanted["tokenizer"] = tokenizer_fingerprint(load_tokenizer(args.tokenizer_name))
+        found["tokenizer"] = info["tokenizer"].get("fingerprint")
     changed = [key for key in wanted if wanted[key] != found.get(key)]
     if changed:
         differences = "; ".join(f"{key} was {found.get(key)}, now {wanted[key]}" for key in changed)
@@ -185,13 +188,13 @@ def get_tokenizer(args: PrepareArguments, documents: Iterator[tuple[str, str]]) 
 
     def training_text() -> Iterator[str]:
         size = 0
-        with tqdm(desc="reading for the tokenizer", unit="B", unit_scale=True) as bar:
+        with tqdm(desc="reading for the tokenizer", unit="char", unit_scale=True) as bar:
             for split, document in documents:
                 if split == "train":
                     yield document
                     size += len(document)
                     bar.update(len(document))
-                if size > TOKENIZER_TRAINING_BYTES:
+                if size > TOKENIZER_TRAINING_CHARACTERS:
                     break
 
     tokenizer = train_tokenizer(training_text(), args.tokenizer_vocab_size)
@@ -345,11 +348,6 @@ def summary(output_dir: Path, info: dict) -> str:
         rates = ", ".join(f"{name} {8 * size / validation['bytes']:.2f}" for name, size in sizes)
         lines.append(f"  bits per byte of the validation text: {rates}")
     return "\n".join(lines)
-
-
-def usable_cores() -> int:
-    """Cores that this process may use, which in a container can be fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 if __name__ == "__main__":

@@ -30,8 +30,8 @@ from transformers.utils.logging import disable_progress_bar
 from pretraining import checkpoint, hardware, publish
 from pretraining.arguments import UserError, flag, parse_arguments, run_script
 from pretraining.evaluation import document_positions, evaluate, write_samples
-from pretraining.launch import check_launch
-from pretraining.mixture import Source, parse_mixture
+from pretraining.launch import check_launch, on_every_process
+from pretraining.mixture import Schedule, Source, parse_mixture
 from pretraining.models import build_model, check_fit, load_config
 from pretraining.optim import SCHEDULES, build_optimizers, learning_rate_factor, set_learning_rate
 from pretraining.run import Run, open_run_folder
@@ -133,6 +133,11 @@ class TrainArguments:
         except UserError as error:
             return [*found, *error.problems]
         found += [problem for source in sources for problem in source.problems(self.streaming)]
+        if not found and sources:
+            try:
+                Schedule([source.weight for source in sources], seed=[0])
+            except UserError as error:
+                found += error.problems
         if self.streaming and not (self.tokenizer_name or self.model_name_or_path):
             found.append("--streaming needs a --tokenizer_name, such as openai-community/gpt2")
         if not 1 <= self.validation_split_percentage <= 50:
@@ -192,7 +197,8 @@ def open_data(args: TrainArguments, state: PartialState) -> TrainingData:
         from pretraining.streamed_data import open_streams  # with `datasets`, which packed data does without
 
         tokenizer_name = args.tokenizer_name or args.model_name_or_path
-        return open_streams(args.sources(), tokenizer_name, args.block_size, args.validation_split_percentage)
+        sources, percentage = args.sources(), args.validation_split_percentage
+        return on_every_process(lambda: open_streams(sources, tokenizer_name, args.block_size, percentage))
     return open_packed(args.sources(), args.tokenizer_name, args.block_size, state)
 
 

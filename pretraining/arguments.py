@@ -145,7 +145,10 @@ def _read_recipe(path: str | None, names: list[str], problems: list[str]) -> lis
             problems.append(f"{path}: unknown key '{key}'{nearest(str(key), names)}")
         elif value is not None and value != []:
             values = value if isinstance(value, list) else [value]
-            argv += [f"--{key}", *(json.dumps(value) if isinstance(value, dict) else str(value) for value in values)]
+            argv += [
+                f"--{key}",
+                *(json.dumps(value, default=str) if isinstance(value, dict) else str(value) for value in values),
+            ]
     return argv
 
 

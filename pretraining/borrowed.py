@@ -23,12 +23,13 @@ from pretraining.shards import TokenRows
 from pretraining.tokenizer import bytes_of_tokens
 
 LLMC_MAGIC, LLMC_VERSION, LLMC_HEADER_BYTES = 20240520, 1, 256 * 4
+LLMC_LLAMA3_MAGIC = 20240801
 ROWS_PER_READ = 4096
 
 
 def token_files(folder: Path) -> dict[str, list[Path]]:
     """The token files of other projects in a folder, by split."""
-    files = sorted(path for path in folder.glob("*") if path.suffix in (".npy", ".bin"))
+    files = sorted(path for path in folder.glob("*") if path.suffix in (".npy", ".bin") and path.is_file())
     return {
         "train": [path for path in files if "train" in path.name],
         "validation": [path for path in files if "val" in path.name and "train" not in path.name],
@@ -106,6 +107,8 @@ def _open_npy(path: Path) -> np.ndarray:
         tokens = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise UserError(f"{path} is damaged, it is no NumPy array: {error}") from None
+    if not isinstance(tokens, np.ndarray):
+        raise UserError(f"{path} is damaged, it is a NumPy archive and no array")
     if tokens.ndim != 1 or tokens.dtype != np.uint16:
         raise UserError(f"{path} has {tokens.dtype} of shape {tokens.shape}, where token files have uint16 in a row")
     return tokens
@@ -117,6 +120,8 @@ def _open_bin(path: Path) -> np.ndarray:
     if size % 2 or not size:
         raise UserError(f"{path} has {size} bytes, which is not a number of 2-byte tokens above 0")
     header = np.fromfile(path, dtype="<i4", count=3)
+    if len(header) == 3 and header[0] == LLMC_LLAMA3_MAGIC:
+        raise UserError(f"{path} holds llm.c's tokens of Llama 3, in 4 bytes each: this program reads those of GPT-2")
     if len(header) < 3 or header[0] != LLMC_MAGIC:
         return np.memmap(path, dtype="<u2", mode="r")
     version, num_tokens = int(header[1]), int(header[2])

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import IterableDataset, Value, load_dataset
 from datasets.distributed import split_dataset_by_node
@@ -33,7 +34,7 @@ RETRY_SECONDS = (1, 2, 4, 8, 15, 30, 60, 60, 60, 60)  # five minutes: a Hub that
 KINDS = (".txt", ".jsonl", ".json", ".parquet")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Corpus:
     """
     Documents that can be read again from the start, in the same order. Iterating yields their texts, each a valid
@@ -52,18 +53,21 @@ class Corpus:
     num_documents: int | None = None
     _without_text: array = field(default_factory=lambda: array("q"))  # how many texts came before each
     _with_invalid_utf8: array = field(default_factory=lambda: array("q"))
+    _start: dict | None = None  # the state to read from
 
     def __iter__(self) -> Iterator[str]:
         return itertools.chain.from_iterable(self.batches())
 
     def batches(self) -> Iterator[list[str]]:
         """
-        The texts of `ROWS_PER_READ` rows at a time; a list may be empty. After each, `documents.state_dict()` is
-        where the next begins.
+        The texts of `ROWS_PER_READ` rows at a time; a list may be empty. After each, `state_dict()` is where the next
+        begins.
         """
         del self._without_text[:], self._with_invalid_utf8[:]
         before = 0
         for number, columns in enumerate(self._reads()):
+            if self.text_column not in columns and number > 0:
+                columns = {self.text_column: [None] * len(next(iter(columns.values())))}  # it is in other rows
             if self.text_column not in columns:
                 names = ", ".join(sorted(columns))
                 raise UserError(f"--text_column {self.text_column}: no such column, the data has: {names}")
@@ -82,6 +86,14 @@ class Corpus:
                     self._with_invalid_utf8.append(before + len(texts) - 1)
             before += len(texts)
             yield texts
+
+    def state_dict(self) -> dict:
+        """Where the current reading of `batches` stands, for `load_state_dict` of this corpus opened anew."""
+        return self.documents.state_dict()
+
+    def load_state_dict(self, state: dict) -> None:
+        """Have `batches` begin there."""
+        self._start = state
 
     def counts(self, texts: int | None = None) -> dict[str, int]:
         """
@@ -113,8 +125,7 @@ class Corpus:
         Some rows at once, by column: several times as fast as single rows where they are stored by column. After a
         fault of the network it goes on from the end of the last read.
         """
-        reads, waits = self.documents.iter(ROWS_PER_READ), list(RETRY_SECONDS)
-        state = None
+        reads, waits, state = self._read_from(self._start), list(RETRY_SECONDS), self._start
         while True:
             try:
                 columns = next(reads)
@@ -126,12 +137,14 @@ class Corpus:
                     raise UserError(f"{name} cannot be read: {one_line(error)}") from error
                 logger.warning(f"{name}: {one_line(error)}; trying again in {waits[0]} s, {len(waits)} tries left")
                 time.sleep(waits.pop(0))
-                if state is not None:
-                    self.documents.load_state_dict(state)
-                reads = self.documents.iter(ROWS_PER_READ)
+                reads = self._read_from(state)
                 continue
-            state, waits = self.documents.state_dict(), list(RETRY_SECONDS)
+            state, waits = self.state_dict(), list(RETRY_SECONDS)
             yield columns
+
+    def _read_from(self, state: dict | None) -> Iterator[dict[str, list]]:
+        self.documents.load_state_dict(state)  # None: from the beginning, whatever was loaded before
+        return self.documents.iter(ROWS_PER_READ)
 
 
 def embedded_corpus() -> Corpus:
@@ -167,24 +180,18 @@ def local_corpus(pattern: str, text_column: str = "text") -> Corpus:
     num_documents = None
     if kinds == {".txt"}:
         documents, text_column = _text_files(files), "text"
-    elif empty := [path for path in files if path.stat().st_size == 0]:
-        raise UserError(f"no text found: {empty[0]} is empty")
     elif kinds == {".parquet"}:
-        try:
-            documents = load_dataset("parquet", data_files=list(map(str, files)), split="train", streaming=True)
-        except Exception as error:  # of Arrow's or datasets' own kinds: the first file is no Parquet
-            raise UserError(f"{files[0]} cannot be read: {one_line(error)}") from None
+        num_documents = sum(map(_rows_of_parquet, files))
+        documents = load_dataset("parquet", data_files=list(map(str, files)), split="train", streaming=True)
         documents = _text_as_bytes(documents, text_column)
-        num_documents = sum(pq.read_metadata(path).num_rows for path in files)
     else:
         documents = IterableDataset.from_generator(_read_json_lines, gen_kwargs={"files": list(map(str, files))})
-    listing = "".join(f"{path.name} {path.stat().st_size}\n" for path in files)
     return Corpus(
         documents=documents,
         text_column=text_column,
         description={
             "name": files[0].name if len(files) == 1 else f"{len(files)} files, {files[0].name} to {files[-1].name}",
-            "revision": hashlib.sha256(listing.encode()).hexdigest()[:16],
+            "revision": _digest(files),
             "files": len(files),
         },
         size=_total_size(files) if kinds != {".parquet"} else None,
@@ -254,18 +261,22 @@ def is_for_validation(document: str, percentage: int) -> bool:
 
 
 def _split_at_the_tail(documents: list[str], percentage: int) -> Iterator[tuple[str, str]]:
-    """The last `percentage` of the characters is for validation; the document in which they begin is cut."""
+    """
+    The last `percentage` of the characters is for validation; the document in which they begin is cut. They come
+    first, so that whoever stops reading after some training text has all of them.
+    """
     boundary = sum(map(len, documents)) * (100 - percentage) // 100
+    parts = []
     for document in documents:
         if boundary >= len(document):
-            yield "train", document
+            parts.append(("train", document))
         elif boundary <= 0:
-            yield "validation", document
+            parts.append(("validation", document))
         else:
             cut = document.rfind("\n", 0, boundary) + 1 or boundary
-            yield "train", document[:cut]
-            yield "validation", document[cut:]
+            parts += [("train", document[:cut]), ("validation", document[cut:])]
         boundary -= len(document)
+    yield from sorted(parts, key=lambda part: part[0] == "train")
 
 
 def _text_files(files: list[Path]) -> IterableDataset:
@@ -321,6 +332,25 @@ def _is_passing(error: BaseException | None) -> bool:
         return status in (408, 429) or status >= 500
     of_a_client = type(error).__module__.split(".")[0] in ("httpx", "httpx2", "aiohttp")
     return of_a_client or isinstance(error, ConnectionError | TimeoutError) or _is_passing(error.__cause__)
+
+
+def _rows_of_parquet(path: Path) -> int:
+    try:
+        return pq.read_metadata(path).num_rows
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path} cannot be read: {one_line(error)}") from None
+
+
+def _digest(files: list[Path]) -> str:
+    """Of names, sizes, and the first and last 64 KB of each: all of a corpus would take long at every start."""
+    digest = hashlib.sha256()
+    for path in files:
+        with open(path, "rb") as file:
+            size = path.stat().st_size
+            digest.update(f"{path.name} {size}\n".encode() + file.read(1 << 16))
+            file.seek(max(0, size - (1 << 16)))
+            digest.update(file.read())
+    return digest.hexdigest()[:16]
 
 
 def _total_size(files: list[Path]) -> int:

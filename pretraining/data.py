@@ -7,7 +7,6 @@ and cut every `block_size` tokens.
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from pretraining.arguments import UserError
+from pretraining.files import usable_cores
 from pretraining.mixture import Schedule
 from pretraining.shards import TokenRows, checksum_problem, open_arrow_shard, read_data_folder
 
@@ -141,7 +141,7 @@ class RowOrder(Sampler):
 
     def _permutation(self, source: int, epoch: int) -> np.ndarray:
         if self._permutations.get(source, (None,))[0] != epoch:
-            # A sequence of integers seeds PCG64 through a hash, so that different sequences do not overlap.
+            # A sequence of integers seeds PCG64 through a hash.
             generator = np.random.default_rng([self.seed, epoch, source])
             self._permutations[source] = epoch, generator.permutation(self.num_rows[source])
         return self._permutations[source][1]
@@ -215,7 +215,7 @@ def open_data_folder(folder: Path, tokenizer_fingerprint: str | None = None) -> 
         raise UserError(*problems)
 
     def check() -> list[str]:
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with ThreadPoolExecutor(usable_cores()) as pool:
             return list(filter(None, pool.map(checksum_problem, (folder / shard["file"] for shard in shards), shards)))
 
     source = info["source"]["train"]

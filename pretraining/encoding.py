@@ -65,7 +65,7 @@ class Encoder:
         return "tiktoken" if self.tiktoken else "tokenizers"
 
     def __call__(self, texts: list[str]) -> list[np.ndarray]:
-        if self.tiktoken is None or any(SEPARATOR in text for text in texts):
+        if self.tiktoken is None or any(SEPARATOR.strip("\0") in text for text in texts):
             return self._with_tokenizers(texts)
         # One call for all texts: each call gives up Python's lock and has to get it back.
         joined = "".join(text + SEPARATOR for text in texts)

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and their sums."""
+"""Files that are whole or not there, and their sums; and how many cores there are to make them."""
 
 import contextlib
 import fcntl
@@ -66,3 +66,8 @@ def folder_in_progress(final: Path, contents: set[str]) -> Iterator[Path]:
 def sha256_of(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def usable_cores() -> int:
+    """Cores that this process may use, which in a container can be fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,8 +1,14 @@
 """Whether the processes that a launcher was asked for are there, and know of each other."""
 
 import os
+from collections.abc import Callable
+from typing import TypeVar
+
+from accelerate.utils import gather_object
 
 from pretraining.arguments import UserError
+
+T = TypeVar("T")
 
 
 def check_launch(num_processes: int) -> None:
@@ -22,3 +28,20 @@ def check_launch(num_processes: int) -> None:
             "asked for several processes, but only one was started, as accelerate does where distributed_type is NO: "
             "use --config_file configs/cpu.yaml, or add --multi_gpu (which serves CPUs too)"
         )
+
+
+def on_every_process(work: Callable[[], T]) -> T:
+    """
+    The result of `work`, which every process calls.
+
+    Raises:
+        UserError: on all processes, if it is raised on any: the others would wait for that one.
+    """
+    result, problems = None, []
+    try:
+        result = work()
+    except UserError as error:
+        problems = list(error.problems)
+    if problems := gather_object(problems):
+        raise UserError(*dict.fromkeys(problems))
+    return result

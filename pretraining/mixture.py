@@ -1,5 +1,6 @@
 """Several sources in one training run: what a recipe says of them, and which row comes from which."""
 
+import contextlib
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -45,7 +46,11 @@ class Source:
             found.append("--dataset_config_name and --dataset_revision need --dataset_name")
         if self.validation_file and not self.train_file:
             found.append("--validation_file needs --train_file")
-        if not isinstance(self.weight, int | float) or not 0 < self.weight < float("inf"):
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name != "weight" and not isinstance(value, str | None):
+                found.append(f"{field.name} of a source must be a text, got {value}")
+        if not isinstance(self.weight, float) or not 0 < self.weight < float("inf"):
             found.append(f"the weight of {self.name} must be a number above 0, got {self.weight}")
         return found
 
@@ -69,6 +74,8 @@ def parse_mixture(entries: list[str]) -> list[Source]:
         if not isinstance(values, dict):
             problems.append(f"--mixture {entry}: each source is a mapping, as {{data_dir: data/web, weight: 0.7}}")
             continue
+        with contextlib.suppress(TypeError, ValueError):  # YAML takes 1e-05 for a text
+            values["weight"] = float(values.get("weight", 1.0))
         unknown = [str(key) for key in values if key not in names]
         problems += [f"--mixture: a source has no '{key}'{nearest(key, names)}" for key in unknown]
         if not unknown:
@@ -96,8 +103,9 @@ class Schedule:
         largest_remainders = np.argsort(self.quotas - shares, kind="stable")
         self.quotas[largest_remainders[: ROWS_PER_ROUND - self.quotas.sum()]] += 1
         if not self.quotas.all():
-            least = sum(weights) / ROWS_PER_ROUND
-            raise UserError(f"a weight of {min(weights)} is too small beside the others: at least {least:g} is needed")
+            raise UserError(
+                f"a weight of {min(weights):g} of {sum(weights):g} is too small: 1 in {ROWS_PER_ROUND} at least"
+            )
         self.seed = seed
 
     def locate(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

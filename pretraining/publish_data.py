@@ -6,6 +6,7 @@ from pathlib import Path
 from huggingface_hub import DatasetCard, DatasetCardData, HfApi
 
 from pretraining.arguments import UserError, one_line
+from pretraining.shards import checksum_problem
 
 
 def push_dataset(folder: Path, repo_id: str, private: bool) -> str:
@@ -16,21 +17,23 @@ def push_dataset(folder: Path, repo_id: str, private: bool) -> str:
         UserError: if the Hub refuses, or cannot be reached. There is no half of it then.
     """
     info = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
-    dataset_card(info, repo_id).save(folder / "README.md")
+    shards = [shard for split in info["splits"].values() for shard in split["shards"]]
+    if damaged := [problem for shard in shards if (problem := checksum_problem(folder / shard["file"], shard))]:
+        raise UserError(*damaged)
     api = HfApi()
     try:
+        dataset_card(info, repo_id).save(folder / "README.md")
         repo_id = api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True).repo_id
-        files = [shard["file"] for split in info["splits"].values() for shard in split["shards"]]
         commit = api.upload_folder(
             repo_id=repo_id,
             repo_type="dataset",
             folder_path=folder,
-            allow_patterns=["README.md", "dataset.json", "tokenizer/*", *files],
+            allow_patterns=["README.md", "dataset.json", "tokenizer/*", *(shard["file"] for shard in shards)],
             delete_patterns=["*.arrow"],  # of data that was there before
             commit_message="Packed by gpt2scratch",
         )
     except Exception as error:  # a refused token, no network, a full repository: of several libraries
-        raise UserError(f"--push_to_hub {repo_id} failed, {folder} is as it was: {one_line(error)}") from None
+        raise UserError(f"--push_to_hub {repo_id} failed: {one_line(error)}") from None
     return f"{repo_id}, revision {commit.oid}"
 
 

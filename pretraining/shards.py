@@ -128,13 +128,33 @@ def read_data_folder(folder: Path) -> dict:
         info = json.loads(path.read_text(encoding="utf-8"))
         version = info["format_version"]
         missing = {"source", "tokenizer", "block_size", "settings", "splits"} - info.keys()
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        if not missing and version == FORMAT_VERSION:
+            _check_description(info)
+    except (json.JSONDecodeError, UnicodeDecodeError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({error!r}): prepare the data again") from None
     if version != FORMAT_VERSION:
         raise UserError(f"{path} has format version {version}, this program reads {FORMAT_VERSION}")
     if missing:
         raise UserError(f"{path} is damaged, it has no {', '.join(sorted(missing))}: prepare the data again")
     return info
+
+
+def _check_description(info: dict) -> None:
+    """Raises LookupError or TypeError if something that is read from a dataset.json is missing or of another type."""
+    types = {"bytes": int, "rows": int, "file": str, "sha256": str}
+    values = [
+        (info["block_size"], int),
+        (info["tokenizer"]["fingerprint"], str),
+        (info["tokenizer"]["vocab_size"], int),
+    ]
+    values += [(info["source"]["train"][key], str) for key in ("name", "revision")]
+    for split in (info["splits"]["train"], info["splits"]["validation"]):
+        values += [(split[key], int) for key in ("documents", "tokens", "bytes")]
+        values += [(shard[key], kind) for shard in split["shards"] for key, kind in types.items()]
+        values.append((split["shards"][0], dict))
+    for value, kind in values:
+        if not isinstance(value, kind):
+            raise TypeError(f"{value!r} where {kind.__name__} is expected")
 
 
 def open_arrow_shard(path: Path, described: dict, block_size: int, vocab_size: int) -> TokenRows:

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from pretraining.arguments import UserError, one_line
 from pretraining.borrowed import open_borrowed_folder, token_files
 from pretraining.data import DataFolder, PackedDataset, RowOrder, concatenate, open_data_folder, training_batches
+from pretraining.launch import on_every_process
 from pretraining.mixture import Source
 from pretraining.shards import read_data_folder
 from pretraining.tokenizer import load_tokenizer, tokenizer_fingerprint
@@ -105,13 +106,7 @@ def open_packed(
         UserError: on all processes, with everything that is wrong with the files or does not fit together.
     """
     paths = [Path(source.data_dir) if source.data_dir else download(source, state) for source in sources]
-    own = next((path for path in paths if not _is_borrowed(path)), None)
-    if own is None and not tokenizer_name:
-        raise UserError(f"{paths[0]} holds token files without a tokenizer: --tokenizer_name openai-community/gpt2 ?")
-    if block_size is None:
-        block_size = BLOCK_SIZE if own is None else read_data_folder(own)["block_size"]
-    tokenizer = load_tokenizer(tokenizer_name or own / "tokenizer")
-    folders = _open_folders(paths, tokenizer, block_size)
+    tokenizer, block_size, folders = on_every_process(lambda: _open_folders(paths, tokenizer_name, block_size))
     _check_once_a_machine(folders, state)
     weights = [source.weight for source in sources]
     identity = folders[0].fingerprint
@@ -133,8 +128,16 @@ def _is_borrowed(path: Path) -> bool:
     return not (path / "dataset.json").is_file() and any(token_files(path).values())
 
 
-def _open_folders(paths: list[Path], tokenizer: PreTrainedTokenizerBase, block_size: int) -> list[DataFolder]:
-    """All of them, or a `UserError` with what is wrong with any of them."""
+def _open_folders(
+    paths: list[Path], tokenizer_name: str | None, block_size: int | None
+) -> tuple[PreTrainedTokenizerBase, int, list[DataFolder]]:
+    """The tokenizer and the block size of all folders, and the folders."""
+    own = next((path for path in paths if not _is_borrowed(path)), None)
+    if own is None and not tokenizer_name:
+        raise UserError(f"{paths[0]} holds token files without a tokenizer: --tokenizer_name openai-community/gpt2 ?")
+    if block_size is None:
+        block_size = BLOCK_SIZE if own is None else read_data_folder(own)["block_size"]
+    tokenizer = load_tokenizer(tokenizer_name or own / "tokenizer")
     fingerprint = tokenizer_fingerprint(tokenizer)
     folders, problems = [], []
     for path in paths:
@@ -153,7 +156,7 @@ def _open_folders(paths: list[Path], tokenizer: PreTrainedTokenizerBase, block_s
             problems += error.problems
     if problems:
         raise UserError(*problems)
-    return folders
+    return tokenizer, block_size, folders
 
 
 def download(source: Source, state: PartialState) -> Path:

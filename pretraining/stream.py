@@ -80,7 +80,7 @@ class RowStream:
         self._is_dry = upstream is None  # no text has been seen of the whole epoch
         self._share = self.corpus.share(*self.share, epoch, self.seed)
         if upstream is not None:
-            self._share.documents.load_state_dict(upstream)
+            self._share.load_state_dict(upstream)
         self._reads = self._share.batches()
 
     def _read(self) -> None:
@@ -94,7 +94,7 @@ class RowStream:
                 raise UserError(f"{self.corpus.description['name']} has no text for one of {number}: use fewer")
             self._start_epoch(self._epoch + 1, None)
             return
-        self._next_upstream = self._share.documents.state_dict()
+        self._next_upstream = self._share.state_dict()
         if self.held_out:
             texts = [text for text in texts if not is_for_validation(text, self.held_out)]
         if texts:

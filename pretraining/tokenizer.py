@@ -1,6 +1,7 @@
 """Byte-level BPE tokenizers: trained here, or taken from elsewhere, and told apart by a fingerprint."""
 
 import hashlib
+import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -74,10 +75,16 @@ def load_tokenizer(name_or_path: str | Path, fingerprint: str | None = None) -> 
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """sha256 of the vocabulary: ids written with one tokenizer mean the same to another of the same fingerprint."""
+    """
+    sha256 of the vocabulary and the merges: ids written with one tokenizer mean the same to another of the same
+    fingerprint, and text gets the same ids.
+    """
     digest = hashlib.sha256()
     for token, token_id in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]):
         digest.update(f"{token_id} {token}\n".encode())
+    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"].get("merges", [])
+    for merge in merges:  # "a b" in older files, ["a", "b"] in newer ones
+        digest.update(f"{merge if isinstance(merge, str) else ' '.join(merge)}\n".encode())
     return digest.hexdigest()
 
 

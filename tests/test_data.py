@@ -24,6 +24,7 @@ from pretraining.arguments import UserError
 from pretraining.corpus import split_documents
 from pretraining.data import RowOrder, open_data_folder
 from pretraining.shards import ShardWriter
+from pretraining.tokenizer import train_tokenizer
 
 
 def read_rows(data_dir, split) -> np.ndarray:
@@ -202,6 +203,35 @@ def test_preparing_again_does_nothing_and_other_settings_are_refused(packed, tex
     assert before == {path: path.stat().st_mtime_ns for path in packed.rglob("*")}
 
 
+def test_what_only_looks_the_same_is_prepared_anew(packed, text_folder, tmp_path, refuse):
+    shutil.copytree(text_folder, tmp_path / "texts")
+    for seed, name in enumerate(("one", "two")):
+        train_tokenizer(make_documents(30, seed=seed), 300 + seed).save_pretrained(tmp_path / name / "same")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "one/same")
+    description = json.loads(tokenizer.backend_tokenizer.to_str())
+    description["model"]["merges"].reverse()
+    shutil.copytree(tmp_path / "one", tmp_path / "reversed")
+    (tmp_path / "reversed/same/tokenizer.json").write_text(json.dumps(description))
+
+    flags = ["--train_file", f"{tmp_path}/texts/*.txt", "--block_size", 64, "--output_dir", tmp_path / "data"]
+    succeed(script("prepare_data.py", *flags, "--tokenizer_name", tmp_path / "one/same"))
+    for other in ("two", "reversed"):
+        lines = refuse(prepare_data, *flags, "--tokenizer_name", tmp_path / other / "same")
+        assert "holds other data: tokenizer was" in lines[-1]
+    edited = next((tmp_path / "texts").iterdir())
+    edited.write_bytes(edited.read_bytes().replace(b"def", b"fed"))
+    lines = refuse(prepare_data, *flags, "--tokenizer_name", tmp_path / "one/same")
+    assert "holds other data: source was" in lines[-1]
+
+
+def test_a_single_book_can_be_cut_short(packed, tmp_path):
+    (tmp_path / "book.txt").write_text("\n".join(make_documents(60, seed=5)))
+    flags = ("--train_file", tmp_path / "book.txt", "--block_size", 64, "--max_train_tokens", 3000)
+    flags += ("--tokenizer_name", packed / "tokenizer", "--output_dir", tmp_path / "data")
+    succeed(script("prepare_data.py", *flags))
+    assert json.loads((tmp_path / "data/dataset.json").read_text())["splits"]["validation"]["rows"] > 0
+
+
 def start_preparing(tmp_path) -> subprocess.Popen:
     """A process that has begun to write and has a second of work before it."""
     book = tmp_path / "book.jsonl"
@@ -255,7 +285,7 @@ def test_two_programs_do_not_write_one_folder_at_once_and_foreign_files_are_left
 
 def test_one_document_is_cut_at_a_line_so_that_its_end_is_for_validation():
     text = "".join(f"line {number}\n" for number in range(1000))
-    (_, train), (name, validation) = split_documents([text], percentage=10, seed=0)
+    (name, validation), (_, train) = split_documents([text], percentage=10, seed=0)
     assert name == "validation"
     assert train + validation == text
     assert train.endswith("\n")
@@ -377,7 +407,7 @@ def test_the_embedded_corpus_is_the_standard_library_without_its_tests():
         (["--train_file", "{tmp}/*"], "give files of one kind"),
         (["--train_file", "{tmp}/broken.jsonl"], "broken.jsonl cannot be read"),
         (["--train_file", "{tmp}/numbers.jsonl"], "--text_column text: row 1 holds a int instead of a text"),
-        (["--train_file", "{tmp}/empty.parquet"], "empty.parquet is empty"),
+        (["--train_file", "{tmp}/empty.parquet"], "empty.parquet cannot be read"),
         (["--output_dir", "{tmp}/empty.txt/data"], "cannot be written: Not a directory"),
     ],
 )

@@ -33,6 +33,7 @@ TEXTS = [
     *random_texts(100),
     "a text about <|endoftext|>, which is only a word here",
     f"even {SEPARATOR} in it",
+    f"or nearly so at the end{SEPARATOR[:-1]}",
     "x" + " " * 300_000 + "y",  # beyond what tiktoken's regex bears
     "\n" * 50_000,
     "a" * 100_000,

@@ -137,6 +137,39 @@ def test_every_shard_is_read_once_on_a_machine_whatever_the_number_of_processes(
     assert not (tmp_path / "no").exists()
 
 
+def test_a_folder_that_one_process_alone_cannot_read_is_told_and_ends_all(small_shards, tmp_path):
+    only_on_one = (
+        "import os, runpy, sys\n"
+        "sys.argv = sys.argv[1:]\n"
+        "if os.environ['RANK'] == '1':\n"
+        "    sys.argv[sys.argv.index('--data_dir') + 1] = 'nowhere'\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    (tmp_path / "wrapped.py").write_text(only_on_one)
+    flags = ("--data_dir", small_shards, "--output_dir", tmp_path / "run", *FLAGS)
+    result = launch(2, tmp_path / "wrapped.py", REPOSITORY / "train_accelerate.py", *flags, PYTHONPATH=str(REPOSITORY))
+    assert result.returncode != 0
+    assert result.stderr.count("error: nowhere is not a data folder") == 1
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"splits": None},
+        {"splits": {"train": {"shards": []}}},
+        {"tokenizer": {"vocab_size": 320}},
+        {"block_size": "32"},
+        {"source": {}},
+    ],
+)
+def test_a_damaged_description_is_one_line(change, small_shards, tmp_path):
+    shutil.copytree(small_shards, tmp_path / "data")
+    rewrite_description(tmp_path / "data/train/shard-00003.arrow", **change)
+    with pytest.raises(UserError, match=r"dataset.json is damaged"):
+        open_data_folder(tmp_path / "data")
+
+
 def test_rows_of_many_small_files_are_those_of_one_large(small_shards, data_dir):
     small, large = open_data_folder(small_shards), open_data_folder(data_dir)
     assert len(small.train.files) > 5 and len(large.train.files) == 1
@@ -258,7 +291,7 @@ def test_a_schedule_is_a_pure_function_of_the_place_and_keeps_the_weights():
     assert np.array_equal(again[0], sources[shuffled]) and np.array_equal(again[1], numbers[shuffled])
     assert not np.array_equal(Schedule([3, 1, 6], seed=[6]).locate(places)[0], sources)
     assert not np.array_equal(sources[:ROWS_PER_ROUND], sources[ROWS_PER_ROUND : 2 * ROWS_PER_ROUND])
-    with pytest.raises(UserError, match=r"a weight of 0.0001 is too small beside the others: at least 0.0009"):
+    with pytest.raises(UserError, match=r"a weight of 0.0001 of 1.0001 is too small: 1 in 1024 at least"):
         Schedule([0.0001, 1], seed=[0])
 
 
