@@ -80,8 +80,9 @@ def test_every_text_gets_the_tokenizers_own_ids_and_an_end(name, make):
     assert encoder.name == name
     reference = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     reference.encode_special_tokens = True
-    for start in range(0, len(TEXTS), 7):  # several texts at once, and the long ones among others
-        texts = TEXTS[start : start + 7]
+    # Several texts at once, the long ones among others; and each alone, where no other one can be why it is right.
+    batches = [TEXTS[start : start + 7] for start in range(0, len(TEXTS), 7)] + [[text] for text in TEXTS]
+    for texts in batches:
         for text, ids in zip(texts, encoder(texts), strict=True):
             expected = [*reference.encode(text, add_special_tokens=False).ids, tokenizer.eos_token_id]
             assert ids.tolist() == expected, text[:100]
