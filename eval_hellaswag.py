@@ -78,11 +78,14 @@ def main() -> None:
     check_launch(accelerator.num_processes)
 
     # By all processes at once: downloads are locked, and of a mistake each can say what it is before it ends.
-    items = load_items(args.data_file, args.limit) if args.data_file else load_hub_items(args)
+    if args.data_file:
+        items = load_items(args.data_file, args.limit)
+    else:
+        items = load_hub_items(args.dataset_name or HUB_DATASET, args.limit)
     model, tokenizer = load_model(args.model_name_or_path)
     model.to(accelerator.device)
-    batch_size = args.per_device_eval_batch_size
-    scores = score_on_all_processes(accelerator, model, tokenizer, items, args.protocol, batch_size, progress=True)
+    encoded = encode_items(model.config, tokenizer, items, args.protocol)
+    scores = score_on_all_processes(accelerator, model, encoded, args.per_device_eval_batch_size, progress=True)
 
     if accelerator.is_main_process:
         result = json.dumps({**summarise(scores, args.protocol), "model": args.model_name_or_path}, indent=2)
@@ -95,13 +98,7 @@ def main() -> None:
 
 
 def score_on_all_processes(
-    accelerator: Accelerator,
-    model,
-    tokenizer,
-    items: list[dict],
-    protocol: Protocol,
-    batch_size: int,
-    progress: bool = False,
+    accelerator: Accelerator, model, items: list["EncodedItem"], batch_size: int, progress: bool = False
 ) -> list[dict]:
     """
     `score_items` with the work shared out. Every process calls it with all items, and with the model as
@@ -112,20 +109,17 @@ def score_on_all_processes(
     # processes, which all have to call it equally often.
     share = range(rank, math.ceil(len(items) / num_processes) * num_processes, num_processes)
     own_items = [items[min(index, len(items) - 1)] for index in share]
-    progress = progress and accelerator.is_main_process
-    shares = gather_object([score_items(model, tokenizer, own_items, protocol, batch_size, progress)])
+    shares = gather_object([score_items(model, own_items, batch_size, progress and accelerator.is_main_process)])
     return [shares[index % num_processes][index // num_processes] for index in range(len(items))]
 
 
-def score_items(
-    model, tokenizer, items: list[dict], protocol: Protocol, batch_size: int, progress: bool = False
-) -> list[dict]:
+def score_items(model, items: list["EncodedItem"], batch_size: int, progress: bool = False) -> list[dict]:
     """
     Score items on this process.
 
     Args:
         model: a causal language model of transformers, on its device.
-        items: as `load_items` returns them.
+        items: as `encode_items` returns them.
         batch_size: items in a forward pass, four sequences each.
         progress: show a bar, with the accuracies so far.
 
@@ -133,11 +127,10 @@ def score_items(
         For each item, in order: `ind`, `label`, `loglikelihoods` (of the four endings, in nats), `pred`, `pred_norm`.
 
     Raises:
-        UserError: for an item that the tokenizer or the model cannot handle.
+        UserError: if the model's log-likelihoods are not finite.
     """
-    rows = [encode_item(model.config, tokenizer, item, protocol) for item in items]
     # Like lengths together need little padding; the longest first, so that memory runs out at once or never.
-    order = sorted(range(len(items)), key=lambda index: -max(len(row.token_ids) for row in rows[index]))
+    order = sorted(range(len(items)), key=lambda index: -max(len(row.token_ids) for row in items[index].rows))
     scores: dict[int, dict] = {}
     hits = Counter()
     was_training = model.training
@@ -145,9 +138,9 @@ def score_items(
     with tqdm(total=len(items), desc="HellaSwag", unit="item", disable=not progress) as bar:
         for start in range(0, len(items), batch_size):
             batch = order[start : start + batch_size]
-            sums = iter(loglikelihoods(model, [row for index in batch for row in rows[index]]))
+            sums = iter(loglikelihoods(model, [row for index in batch for row in items[index].rows]))
             for index in batch:
-                scores[index] = score = to_score(items[index], rows[index], list(itertools.islice(sums, 4)))
+                scores[index] = score = to_score(items[index], list(itertools.islice(sums, 4)))
                 hits["acc"] += score["pred"] == score["label"]
                 hits["acc_norm"] += score["pred_norm"] == score["label"]
             bar.set_postfix({name: f"{count / len(scores):.4f}" for name, count in hits.items()}, refresh=False)
@@ -175,6 +168,22 @@ class Row(NamedTuple):
     token_ids: list[int]
     num_scored: int  # the last so many tokens are the ending
     length: int  # of the ending, for acc_norm: in tokens (completion) or in characters (lm_eval)
+
+
+class EncodedItem(NamedTuple):
+    ind: int
+    label: int
+    rows: list[Row]
+
+
+def encode_items(config, tokenizer, items: list[dict], protocol: Protocol) -> list[EncodedItem]:
+    """
+    Items, as `load_items` returns them, for a model of this config.
+
+    Raises:
+        UserError: for an item that the tokenizer or the model cannot handle.
+    """
+    return [EncodedItem(item["ind"], item["label"], encode_item(config, tokenizer, item, protocol)) for item in items]
 
 
 def encode_item(config, tokenizer, item: dict, protocol: Protocol) -> list[Row]:
@@ -239,13 +248,13 @@ def loglikelihoods(model, rows: list[Row]) -> list[float]:
     return [-part.sum().item() for part in losses.cpu().split(num_scored)]
 
 
-def to_score(item: dict, rows: list[Row], sums: list[float]) -> dict:
+def to_score(item: EncodedItem, sums: list[float]) -> dict:
     """An item's line of ITEMS.jsonl. Of equal endings the first one is predicted."""
     if not all(map(math.isfinite, sums)):
-        raise UserError(f"item {item['ind']}: the model's log-likelihoods are {sums}, its weights are not usable")
-    means = [total / row.length for total, row in zip(sums, rows, strict=True)]
+        raise UserError(f"item {item.ind}: the model's log-likelihoods are {sums}, its weights are not usable")
+    means = [total / row.length for total, row in zip(sums, item.rows, strict=True)]
     pred, pred_norm = sums.index(max(sums)), means.index(max(means))
-    return {"ind": item["ind"], "label": item["label"], "loglikelihoods": sums, "pred": pred, "pred_norm": pred_norm}
+    return {"ind": item.ind, "label": item.label, "loglikelihoods": sums, "pred": pred, "pred_norm": pred_norm}
 
 
 def load_items(path: str | Path, limit: int | None = None) -> list[dict]:
@@ -264,17 +273,16 @@ def load_items(path: str | Path, limit: int | None = None) -> list[dict]:
     return check_items(str(path), itertools.islice(records, limit))
 
 
-def load_hub_items(args: HellaSwagArguments) -> list[dict]:
+def load_hub_items(name: str = HUB_DATASET, limit: int | None = None) -> list[dict]:
     """The validation split of a dataset on the Hub; the test split's labels were never published."""
     from datasets import load_dataset  # only here: items in a file need no datasets library
 
-    name = args.dataset_name or HUB_DATASET
     try:
         dataset = load_dataset(name, split="validation")
     except (OSError, ValueError) as error:
-        raise UserError(f"--dataset_name {name} cannot be loaded: {one_line(error)}") from None
+        raise UserError(f"the dataset {name} cannot be loaded: {one_line(error)}") from None
     records = ((f"{name} item {index}", record) for index, record in enumerate(dataset))
-    return check_items(name, itertools.islice(records, args.limit))
+    return check_items(name, itertools.islice(records, limit))
 
 
 def check_items(source: str, records: Iterable[tuple[str, str | dict]]) -> list[dict]:

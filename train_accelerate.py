@@ -13,147 +13,36 @@ Running the same command again continues from the last checkpoint.
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import GradientAccumulationPlugin, set_seed
+from accelerate.utils import set_seed
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
+from eval_hellaswag import EncodedItem, encode_items, load_hub_items, load_items, score_on_all_processes, summarise
 from pretraining import checkpoint, hardware, publish
-from pretraining.arguments import UserError, flag, parse_arguments, run_script
-from pretraining.evaluation import document_positions, evaluate, write_samples
-from pretraining.launch import check_launch, on_every_process
-from pretraining.mixture import Schedule, Source, parse_mixture
+from pretraining.arguments import UserError, parse_arguments, run_script
+from pretraining.evaluation import evaluate, write_samples
+from pretraining.inputs import model_inputs, num_targets
+from pretraining.launch import check_launch, is_sharded, on_every_process, on_main_process, open_accelerator
 from pretraining.models import build_model, check_fit, load_config
-from pretraining.optim import SCHEDULES, build_optimizers, learning_rate_factor, set_learning_rate
+from pretraining.optim import build_optimizers, learning_rate_factor, parameter_groups, set_learning_rate
+from pretraining.plots import plot_hellaswag, plot_loss
+from pretraining.published import comparable_losses
 from pretraining.run import Run, open_run_folder
-from pretraining.runlog import RunLog, plot_loss, read_metrics
+from pretraining.runlog import RunLog, read_metrics
 from pretraining.sources import Split, TrainingData, open_packed
+from pretraining.training_arguments import TrainArguments
 
-AT_LEAST_ONE = """block_size per_device_train_batch_size gradient_accumulation_steps tokens_per_step max_steps
-    logging_steps eval_steps eval_iters sample_steps save_steps save_total_limit"""
-NOT_NEGATIVE = "learning_rate weight_decay max_grad_norm warmup_steps seed dataloader_num_workers"
-# Flags that do not decide the result, or whose effect a checkpoint has a record of: the data's fingerprint and the
-# size of the global batch, however it is split.
-NEUTRAL = """output_dir data_dir dataset_name dataset_config_name dataset_revision text_column train_file
-    validation_file validation_split_percentage mixture tokenizer_name
-    per_device_train_batch_size gradient_accumulation_steps tokens_per_step
-    dataloader_num_workers logging_steps eval_steps eval_iters sample_steps sample_prompts save_steps save_total_limit
-    resume_from_checkpoint report_to"""
-
-
-@dataclass
-class TrainArguments:
-    output_dir: str = flag(None, "the run folder to write")
-    data_dir: str = flag(
-        None, "a data folder made by prepare_data.py, or token files of build-nanogpt, llm.c, nanoGPT"
-    )
-    dataset_name: str = flag(None, "a dataset on the Hub: packed by prepare_data.py, or with --streaming, of text")
-    dataset_config_name: str = flag(None, "its configuration, such as sample-10BT")
-    dataset_revision: str = flag(None, "the commit, tag or branch of it to read")
-    streaming: bool = flag(False, "tokenise and pack text while training")
-    train_file: str = flag(None, "with --streaming: text files, as a glob of .txt, .jsonl or .parquet")
-    validation_file: str = flag(None, "with --train_file: text for validation; else documents are kept back for it")
-    validation_split_percentage: int = flag(5, "with --streaming: percentage of the documents that is kept back")
-    text_column: str = flag("text", "with --streaming: the column that holds the text")
-    mixture: list[str] = flag(
-        None, "several sources, each a mapping of the flags above and a weight: '{data_dir: data/web, weight: 0.7}'"
-    )
-    tokenizer_name: str = flag(
-        None, "with --streaming or other projects' token files: the tokenizer, if --model_name_or_path has none"
-    )
-    document_attention: bool = flag(False, "documents in a row do not see each other, and positions restart in each")
-    model_name_or_path: str = flag(
-        None, "start from these weights, of this model or a stock GPT-2: a folder or Hub id"
-    )
-    config_name: str = flag(None, "start from scratch with this config: 124M, 350M, 774M, 1558M, a folder or Hub id")
-    config_overrides: str = flag(None, "changes to the default config (GPT-2 124M), as n_layer=4,n_embd=256")
-    block_size: int = flag(None, "tokens in a row; that of the data, or 1024, if left out")
-
-    per_device_train_batch_size: int = flag(8, "rows in a micro-batch of one process")
-    gradient_accumulation_steps: int = flag(None, "micro-batches of a process in an optimizer step; 1 if left out")
-    tokens_per_step: int = flag(None, "tokens of all processes in an optimizer step, instead of the accumulation")
-    max_steps: int = flag(1000, "optimizer steps")
-    learning_rate: float = flag(6e-4, "peak learning rate")
-    lr_scheduler_type: Literal[SCHEDULES] = flag("cosine_with_min_lr", "the learning rate's course")
-    warmup_steps: int = flag(0, "steps of linear warm-up to the peak")
-    optim: Literal["adamw", "muon"] = flag("adamw", "the optimizer")
-    weight_decay: float = flag(0.1, "decoupled weight decay, of matrices only")
-    max_grad_norm: float = flag(1.0, "the norm that gradients are clipped to")
-    seed: int = flag(42, "of the initial weights, the order of the rows and dropout")
-    attn_implementation: Literal["eager", "sdpa", "flex_attention", "flash_attention_2"] = flag("sdpa", "attention")
-    gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass, to save memory")
-    dataloader_num_workers: int = flag(0, "worker processes that read rows")
-
-    logging_steps: int = flag(10, "steps between training lines in the log")
-    eval_steps: int = flag(250, "steps between evaluations; there is always one after the last step")
-    eval_iters: int = flag(None, "batches of validation rows to evaluate on; all of them if left out")
-    sample_steps: int = flag(None, "steps between samples; only after the last step if left out")
-    sample_prompts: list[str] = flag([""], "what samples begin with; the empty prompt begins a document", nargs="+")
-    save_steps: int = flag(500, "steps between checkpoints")
-    save_total_limit: int = flag(2, "how many checkpoints to keep")
-    resume_from_checkpoint: str = flag("auto", "`auto` (continue if there is a checkpoint), a checkpoint, or `none`")
-    report_to: Literal["none", "tensorboard", "wandb", "trackio"] = flag("none", "the tracker to send metrics to")
-
-    def problems(self) -> list[str]:
-        found = [] if self.output_dir else ["--output_dir is required"]
-        found += self.problems_of_sources()
-        if self.gradient_accumulation_steps and self.tokens_per_step:
-            found.append("--tokens_per_step works out --gradient_accumulation_steps: give one of them")
-        if self.model_name_or_path and (self.config_name or self.config_overrides):
-            found.append("--config_name and --config_overrides start from scratch: give them or --model_name_or_path")
-        for name in AT_LEAST_ONE.split():
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                found.append(f"--{name} must be at least 1, got {getattr(self, name)}")
-        for name in NOT_NEGATIVE.split():
-            if not 0 <= getattr(self, name) < math.inf:
-                found.append(f"--{name} must be a finite number of at least 0, got {getattr(self, name)}")
-        if self.seed >= 1 << 32:
-            found.append(f"--seed must be below 2^32, got {self.seed}")
-        if self.warmup_steps > self.max_steps:
-            found.append(f"--warmup_steps {self.warmup_steps} is more than --max_steps {self.max_steps}")
-        if self.report_to != "none" and find_spec(self.report_to) is None:
-            found.append(f"--report_to {self.report_to}: the package is not installed, pip install {self.report_to}")
-        return found
-
-    def problems_of_sources(self) -> list[str]:
-        found = []
-        if self.mixture and (self.data_dir or self.dataset_name or self.train_file):
-            found.append("--mixture names all sources: leave --data_dir, --dataset_name and --train_file out")
-        try:
-            sources = self.sources()
-        except UserError as error:
-            return [*found, *error.problems]
-        found += [problem for source in sources for problem in source.problems(self.streaming)]
-        if not found and sources:
-            try:
-                Schedule([source.weight for source in sources], seed=[0])
-            except UserError as error:
-                found += error.problems
-        if self.streaming and not (self.tokenizer_name or self.model_name_or_path):
-            found.append("--streaming needs a --tokenizer_name, such as openai-community/gpt2")
-        if not 1 <= self.validation_split_percentage <= 50:
-            found.append(f"--validation_split_percentage must be 1 to 50, got {self.validation_split_percentage}")
-        return found
-
-    def sources(self) -> list[Source]:
-        """What to train on: the entries of --mixture, or the one source that the flags name."""
-        if self.mixture:
-            return parse_mixture(self.mixture)
-        names = "data_dir dataset_name dataset_config_name dataset_revision text_column train_file validation_file"
-        return [Source(**{name: getattr(self, name) for name in names.split()})]
-
-    def settings(self) -> dict:
-        """The flags that decide what the trained model is, wherever it is trained and however it is watched."""
-        return {key: value for key, value in asdict(self).items() if key not in NEUTRAL.split()}
+# The speed of a run is told once so many steps are behind it: the first ones warm up, or compile.
+STEPS_TO_MEASURE = 5
 
 
 def main() -> None:
@@ -171,21 +60,16 @@ def main() -> None:
         args.model_name_or_path, args.config_name, args.config_overrides, len(tokenizer), tokenizer.eos_token_id
     )
     check_fit(config, len(tokenizer), data.block_size)
+    hellaswag = open_hellaswag(args, config, data) if args.hellaswag_steps else []
     accumulation = accumulation_steps(args, data.block_size, state.num_processes)
-    last_checkpoint = checkpoint.checkpoint_to_resume(output_dir, args.resume_from_checkpoint)
+    last_checkpoint = on_main_process(
+        state, lambda: checkpoint.checkpoint_to_resume(output_dir, args.resume_from_checkpoint)
+    )
+    accelerator = open_accelerator(state, accumulation, args.torch_compile)
     if open_run_folder(output_dir, asdict(args), args.settings(), state):
         state.print(f"{output_dir} holds a finished run; to train again, delete it or choose another --output_dir")
         return
-
-    accelerator = Accelerator(
-        cpu=state.device.type == "cpu",
-        # Accelerate would end an accumulation early at the end of a data loader; the rows here have no end.
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=accumulation, sync_with_dataloader=False),
-        log_with=None if args.report_to == "none" else args.report_to,
-        project_dir=output_dir,
-    )
-    accelerator.init_trackers("gpt2scratch", config={key: str(value) for key, value in asdict(args).items()})
-    train(args, accelerator, config, data, last_checkpoint)
+    train(args, accelerator, config, data, hellaswag, last_checkpoint)
     # The model first, then the process group: destroyed with a DDP model still referring to it, gloo's threads and
     # this one can wait for each other for ever.
     accelerator.free_memory()
@@ -202,21 +86,32 @@ def open_data(args: TrainArguments, state: PartialState) -> TrainingData:
     return open_packed(args.sources(), args.tokenizer_name, args.block_size, state)
 
 
+def open_hellaswag(args: TrainArguments, config: PreTrainedConfig, data: TrainingData) -> list[EncodedItem]:
+    """Its items, in the protocol of the published figures that the plot shows beside them."""
+
+    def work() -> list[EncodedItem]:
+        items = load_items(args.hellaswag_file) if args.hellaswag_file else load_hub_items()
+        return encode_items(config, data.tokenizer, items, "completion")
+
+    return on_every_process(work)
+
+
 def train(
     args: TrainArguments,
     accelerator: Accelerator,
     config: PreTrainedConfig,
     data: TrainingData,
+    hellaswag: list[EncodedItem],
     last_checkpoint: Path | None,
 ) -> None:
     """Build the model, train it from the first step or from a checkpoint to the last, and write it."""
     set_seed(args.seed)
     model = build_model(config, args.model_name_or_path, args.attn_implementation, args.gradient_checkpointing)
+    *matrices, vectors = (sum(map(torch.numel, group)) for group in parameter_groups(model))
     num_parameters = model.num_parameters()
     optimizers = build_optimizers(model, args.optim, args.learning_rate, args.weight_decay, accelerator.device)
     model, *optimizers = accelerator.prepare(model, *optimizers)
     set_seed(args.seed, device_specific=True)  # from here on each process has its own dropout
-    checkpoint.register_model_hooks(accelerator)
 
     block_size, num_processes = data.block_size, accelerator.num_processes
     split = Split(
@@ -238,126 +133,205 @@ def train(
     )
     stream_position = None
     if last_checkpoint:
-        run.resume(accelerator, last_checkpoint)
-        stream_position = checkpoint.stream_position(accelerator, last_checkpoint)
+        stream_position = run.resume(accelerator, last_checkpoint, model, optimizers)
         accelerator.print(f"continuing from {last_checkpoint}")
-    names = ", ".join(source["name"] for source in data.sources)
+    names, tokens = ", ".join(source["name"] for source in data.sources), args.max_steps * run.tokens_per_step
     if data.statistics:
-        names = f"{args.max_steps * run.tokens_per_step / data.statistics['tokens']:.2f} epochs of {names}"
+        names = f"{tokens / data.statistics['tokens']:.2f} epochs of {names}"
     accelerator.print(
-        f"{num_parameters:,} parameters, {run.tokens_per_step:,} tokens per step, {args.max_steps:,} steps, {names}; "
+        f"{num_parameters:,} parameters: {sum(matrices):,} with weight decay, {vectors:,} without\n"
+        f"{args.max_steps:,} steps of {run.tokens_per_step:,} tokens, {tokens:,} in all: {names}\n"
         f"{hardware.device_description(accelerator.device, num_processes)}, {accelerator.mixed_precision}"
     )
     batches = data.batches(split, args.seed, run.step, stream_position)
-    samples = training_loop(args, run, accelerator, model, optimizers, batches, data)
-    finish(args, run, accelerator, model, data, samples)
+    with RunLog(accelerator, Path(args.output_dir), run.step, args.max_steps, args.trackers(), asdict(args)) as log:
+        training = Training(args, run, accelerator, model, optimizers, batches, data, hellaswag, log)
+        training.loop()
+    finish(args, run, accelerator, model, data, training.samples)
 
 
-def training_loop(
-    args: TrainArguments,
-    run: Run,
-    accelerator: Accelerator,
-    model: nn.Module,
-    optimizers: list[Optimizer],
-    batches: Iterator[torch.Tensor],
-    data: TrainingData,
-) -> list[str]:
-    """Train from `run.step` to the last step. Returns the samples written after it."""
-    output_dir = Path(args.output_dir)
-    document_token_id = data.tokenizer.eos_token_id if args.document_attention else None
-    samples: list[str] = []
-    with RunLog(accelerator, output_dir, run.step, args.max_steps) as log:
+@dataclass
+class Training:
+    """
+    The loop, and what it does now and then.
+
+    Attributes:
+        model, optimizers: as `accelerator.prepare` returned them.
+        batches: micro-batches (batch_size, block_size) of this process.
+        hellaswag: its items, none if it is not asked for.
+        samples: the last ones written.
+    """
+
+    args: TrainArguments
+    run: Run
+    accelerator: Accelerator
+    model: nn.Module
+    optimizers: list[Optimizer]
+    batches: Iterator[torch.Tensor]
+    data: TrainingData
+    hellaswag: list[EncodedItem]
+    log: RunLog
+    samples: list[str] = field(default_factory=list)
+
+    def __post_init__(self):
+        self.output_dir = Path(self.args.output_dir)
+        self.document_token_id = self.data.tokenizer.eos_token_id if self.args.document_attention else None
+        self.measure_at = self.run.step + STEPS_TO_MEASURE
+
+    def loop(self) -> None:
+        """Train from `run.step` to the last step."""
+        args, run = self.args, self.run
         run.restart_interval()
         while run.step < args.max_steps:
             factor = learning_rate_factor(run.step, args.lr_scheduler_type, args.warmup_steps, args.max_steps)
-            learning_rate = set_learning_rate(optimizers, factor)
+            learning_rate = set_learning_rate(self.optimizers, factor)
             loss, grad_norm = train_step(
-                model, optimizers, batches, accelerator, args.max_grad_norm, document_token_id
+                self.model, self.optimizers, self.next_micro_batches(), self.accelerator, args.max_grad_norm
             )
             run.step += 1
             is_last = run.step == args.max_steps
-            log.progress(run.step)
+            self.log.progress(run.step)
+            if is_last or run.step == 1 or self.is_due(args.logging_steps):
+                self.write_metrics(loss, learning_rate, grad_norm)
+            if is_last or self.is_due(args.eval_steps):
+                self.evaluate()
+            if self.hellaswag and (is_last or self.is_due(args.hellaswag_steps)):
+                self.score_hellaswag()
+            if is_last or self.is_due(args.sample_steps):
+                self.write_samples()
+            if not is_last and self.is_due(args.save_steps):
+                self.save_checkpoint()
 
-            if run.step % args.logging_steps == 0 or run.step == 1 or is_last:
-                values = {
-                    "loss": accelerator.reduce(loss, "sum").item(),
-                    "learning_rate": learning_rate,
-                    "grad_norm": grad_norm.item(),
-                    **run.speed(),  # after .item(), which waits until the device has done the steps that are timed
-                }
-                if not math.isfinite(values["loss"]):
-                    raise UserError(
-                        f"the loss of step {run.step} is {values['loss']}: a lower --learning_rate may help"
-                    )
-                log.metrics(run, values)
-                log.progress(run.step, loss=f"{values['loss']:.3f}", tokens_s=f"{values['tokens_per_second']:,.0f}")
-            if run.step % args.eval_steps == 0 or is_last:
-                batch_size = args.per_device_train_batch_size
-                values = evaluate(model, data.validation, accelerator, batch_size, args.eval_iters, document_token_id)
-                log.metrics(run, values)
-                log.write(f"step {run.step}: " + ", ".join(f"{key} {value:.4f}" for key, value in values.items()))
-                if accelerator.is_main_process:
-                    plot_loss(output_dir, data.validation.compression_rates, data.validation.bytes_per_token)
-                run.restart_interval()
-            if is_last or (args.sample_steps and run.step % args.sample_steps == 0):
-                if accelerator.is_main_process:
-                    unwrapped = accelerator.unwrap_model(model)
-                    samples = write_samples(unwrapped, data.tokenizer, args.sample_prompts, args.seed)
-                    for sample in samples:
-                        log.write(f"--- sample at step {run.step}\n{sample}\n---")
-                run.restart_interval()
-            if run.step % args.save_steps == 0 and not is_last:
-                stream_position = batches.position() if args.streaming else None
-                checkpoint.save_checkpoint(
-                    accelerator, output_dir, run.position(), stream_position, args.save_total_limit
-                )
-                run.restart_interval()
-    return samples
+    def is_due(self, every: int | None) -> bool:
+        return every is not None and self.run.step % every == 0
+
+    def next_micro_batches(self) -> list[dict]:
+        device, accumulation = self.accelerator.device, self.accelerator.gradient_accumulation_steps
+        return [model_inputs(next(self.batches), device, self.document_token_id) for _ in range(accumulation)]
+
+    def write_metrics(self, loss: torch.Tensor, learning_rate: float, grad_norm: torch.Tensor) -> None:
+        run = self.run
+        values = {
+            "loss": self.accelerator.reduce(loss, "sum").item(),
+            "learning_rate": learning_rate,
+            "grad_norm": grad_norm.item(),
+            **run.speed(),  # after .item(), which waits until the device has done the steps that are timed
+        }
+        if not math.isfinite(values["loss"]):
+            raise UserError(f"the loss of step {run.step} is {values['loss']}: a lower --learning_rate may help")
+        self.log.metrics(run, values)
+        shown = {"loss": f"{values['loss']:.3f}", "tokens/s": f"{values['tokens_per_second']:,.0f}"}
+        self.log.progress(run.step, **shown, **({"MFU": f"{values['mfu']:.1%}"} if "mfu" in values else {}))
+        if run.step == 1 and not self.args.model_name_or_path:
+            self.warn_of_a_strange_start(values["loss"])
+        if self.measure_at is not None and run.step >= self.measure_at:
+            hours = (self.args.max_steps - run.step) * values["step_seconds"] / 3600
+            self.log.write(
+                f"{shown['tokens/s']} tokens/s: about {publish.duration(hours)} to go, evaluations not counted"
+            )
+            self.measure_at = None
+
+    def warn_of_a_strange_start(self, loss: float) -> None:
+        """A model that knows nothing gives every token the same chance; its loss is ln(vocabulary), and a bit."""
+        expected = math.log(self.accelerator.unwrap_model(self.model).config.vocab_size)
+        if abs(loss - expected) > 0.1 * expected:
+            self.log.write(
+                f"warning: the first loss is {loss:.2f}, but should be about ln(vocabulary) = {expected:.2f} in an "
+                "untrained model: its initial weights are of an unusual size"
+            )
+
+    def evaluate(self) -> None:
+        args, run, validation = self.args, self.run, self.data.validation
+        num_rows = args.eval_iters and args.eval_iters * run.tokens_per_step // self.data.block_size
+        batch_size = args.per_device_train_batch_size
+        values = evaluate(self.model, validation, self.accelerator, batch_size, num_rows, self.document_token_id)
+        run.evaluated = run.step, values["eval_loss"]
+        self.log.metrics(run, values)
+        self.log.write(f"step {run.step}: " + ", ".join(f"{key} {value:.4f}" for key, value in values.items()))
+        if self.accelerator.is_main_process:
+            nats = math.log(2) * validation.bytes_per_token
+            references = {name: rate * nats for name, rate in validation.compression_rates.items()}
+            names = [source["name"] for source in self.data.sources]
+            plot_loss(self.output_dir, references | comparable_losses(names, self.data.tokenizer))
+        run.restart_interval()
+
+    def score_hellaswag(self) -> None:
+        items_at_once = max(1, self.args.per_device_train_batch_size // 4)  # an item is four rows
+        scores = score_on_all_processes(self.accelerator, self.plain_model(), self.hellaswag, items_at_once)
+        summary = summarise(scores, "completion")
+        values = {f"hellaswag_{key}": summary[key] for key in ("acc", "acc_norm", "n")}
+        self.log.metrics(self.run, values)
+        self.log.write(
+            f"step {self.run.step}: HellaSwag acc {values['hellaswag_acc']:.4f}, "
+            f"acc_norm {values['hellaswag_acc_norm']:.4f} of {values['hellaswag_n']:,} items"
+        )
+        if self.accelerator.is_main_process:
+            plot_hellaswag(self.output_dir)
+        self.run.restart_interval()
+
+    def write_samples(self) -> None:
+        args, sharded = self.args, is_sharded(self.accelerator)
+        if sharded or self.accelerator.is_main_process:
+            model, tokenizer = self.plain_model(), self.data.tokenizer
+            self.samples = write_samples(model, tokenizer, args.sample_prompts, args.seed, sharded)
+        for sample in self.samples:
+            self.log.write(f"--- sample at step {self.run.step}\n{sample}\n---")
+        self.run.restart_interval()
+
+    def save_checkpoint(self) -> None:
+        stream_position = self.batches.position() if self.args.streaming else None
+        checkpoint.save_checkpoint(
+            self.accelerator,
+            self.output_dir,
+            self.model,
+            self.optimizers,
+            self.run.position(),
+            stream_position,
+            self.args.save_total_limit,
+        )
+        self.run.restart_interval()
+
+    def plain_model(self) -> PreTrainedModel:
+        """Not compiled: for inputs of many lengths, each of which would be compiled for."""
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
 
 def train_step(
     model: nn.Module,
     optimizers: list[Optimizer],
-    batches: Iterator[torch.Tensor],
+    micro_batches: list[dict],
     accelerator: Accelerator,
     max_grad_norm: float,
-    document_token_id: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     One optimizer step, over `accelerator.gradient_accumulation_steps` micro-batches.
 
-    The loss of a step is the mean over all its tokens, of all micro-batches of all processes, so that it does not
-    matter how a global batch is split. Accelerate divides by the accumulation and DDP by the processes, so both are
-    multiplied back.
+    The loss of a step is the mean over all its labels, of all micro-batches of all processes, so that it does not
+    matter how a global batch is split, nor where in it labels of -100 are. Accelerate divides by the accumulation and
+    DDP and FSDP by the processes, so both are multiplied back.
 
     Args:
-        batches: micro-batches (batch_size, block_size) of token ids.
-        document_token_id: see `document_positions`; None lets tokens see the documents before theirs.
+        micro_batches: the model's arguments `input_ids`, `labels` and whatever else.
 
     Returns:
         This process's share of the loss, in nats per token (the sum over the processes is the step's loss), and the
         norm of the gradients before clipping. Both stay on the device: reading them would wait for it.
     """
-    accumulation = accelerator.gradient_accumulation_steps
-    micro_batches = [next(batches).to(accelerator.device, non_blocking=True).long() for _ in range(accumulation)]
-    num_targets = sum(input_ids[:, 1:].numel() for input_ids in micro_batches) * accelerator.num_processes
+    scale = accelerator.gradient_accumulation_steps * accelerator.num_processes
+    targets = accelerator.reduce(sum(num_targets(inputs["labels"]) for inputs in micro_batches), "sum")
     total_loss = torch.zeros((), device=accelerator.device)
-    for input_ids in micro_batches:
+    for inputs in micro_batches:
         with accelerator.accumulate(model):
-            loss = model(
-                input_ids=input_ids,
-                position_ids=document_positions(input_ids, document_token_id),
-                labels=input_ids,
-                num_items_in_batch=num_targets,
-                use_cache=False,
-            ).loss
-            accelerator.backward(loss * accumulation * accelerator.num_processes)
+            loss = model(**inputs, num_items_in_batch=targets, use_cache=False).loss
+            accelerator.backward(loss * scale)
             total_loss += loss.detach()
             if accelerator.sync_gradients:
                 grad_norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm)
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
+    if isinstance(grad_norm, DTensor):
+        grad_norm = grad_norm.full_tensor()
     return total_loss, grad_norm
 
 
@@ -370,10 +344,10 @@ def finish(
     samples: list[str],
 ) -> None:
     """Write the final model and its card, and say how good it is."""
-    state_dict = accelerator.get_state_dict(model)  # on all processes: each may hold a part
+    state_dict = checkpoint.full_weights(accelerator, model)  # on all processes: each may hold a part
     if not accelerator.is_main_process:
         return
-    unwrapped = accelerator.unwrap_model(model)
+    unwrapped = accelerator.unwrap_model(model, keep_torch_compile=False)
     evaluation = [line for line in read_metrics(Path(args.output_dir)) if "eval_loss" in line][-1]
     record = publish.RunRecord(
         name=args.output_dir,
@@ -397,6 +371,9 @@ def finish(
     yardsticks = "".join(f", {name} {rate:.3f}" for name, rate in record.compression.items())
     bits_per_byte = evaluation["eval_bits_per_byte"]
     print(f"{args.output_dir}: {bits_per_byte:.3f} bits per byte of the validation text{yardsticks}")
+    best = checkpoint.best_checkpoint(Path(args.output_dir))
+    if best and best[1] < evaluation["eval_loss"]:
+        print(f"{best[0]} ({checkpoint.BEST}) has a lower eval_loss than the final model: {best[1]:.4f}")
 
 
 def tokens_per_micro_step(args: TrainArguments, block_size: int, num_processes: int) -> int:

@@ -1,12 +1,18 @@
 """
 Checkpoints that are whole or not there: written beside their final name, listed in a manifest, then renamed.
 
-checkpoint-000500/   config.json, model.safetensors, optimizer*.bin, random_states_<rank>.pkl   what accelerate saves
+checkpoint-000500/   config.json, model.safetensors   as `save_pretrained` writes them
+                     optimizer.pt    the optimizers' state, by the parameters' names
+                     rng.pt          the random generators of every process
                      position.json   the loop's own state
-                     stream_<rank>.json   where a stream stands, if the data is one
                      manifest.json   written last: size and sha256 of every other file
+checkpoint-best      a link to the one with the lowest evaluation loss
+
+The first process writes all of it, from states that are gathered whole. So a checkpoint does not depend on how the
+model was wrapped or sharded, and of several machines only the first one needs to have the folder.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -14,72 +20,95 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import safetensors.torch
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
+from safetensors.torch import load_file
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.optim import Optimizer
 
 from pretraining.arguments import UserError
 from pretraining.files import INCOMPLETE, sha256_of, write_text
 
+BEST = "checkpoint-best"
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
-def register_model_hooks(accelerator: Accelerator) -> None:
+
+def full_weights(accelerator: Accelerator, model: nn.Module) -> dict[str, torch.Tensor]:
     """
-    Have `save_state` write the model as `save_pretrained` does: a checkpoint then loads with `from_pretrained`, and
-    its keys do not depend on how the model was wrapped (accelerate would save those of the DDP wrapper).
+    The model's weights under their own names, in fp32 and whole: on the first process, and nothing on the others.
+    All have to ask, as each may hold a part. Tied weights are there once.
     """
-
-    def save_model(models: list[torch.nn.Module], weights: list[dict], folder: str) -> None:
-        if accelerator.is_main_process:
-            accelerator.unwrap_model(models[0]).save_pretrained(folder)
-        weights.clear()  # tells accelerate that they are saved
-
-    def load_model(models: list[torch.nn.Module], folder: str) -> None:
-        safetensors.torch.load_model(accelerator.unwrap_model(models.pop()), Path(folder) / "model.safetensors")
-
-    accelerator.register_save_state_pre_hook(save_model)
-    accelerator.register_load_state_pre_hook(load_model)
+    weights = get_model_state_dict(model, options=WHOLE)
+    for alias in _aliases(accelerator, model):
+        weights.pop(alias, None)
+    return weights
 
 
 def save_checkpoint(
     accelerator: Accelerator,
     output_dir: Path,
+    model: nn.Module,
+    optimizers: list[Optimizer],
     position: dict,
     stream_position: dict | None,
     save_total_limit: int,
-) -> Path:
+) -> None:
     """
-    Write `checkpoint-<step>` of all processes, then delete the oldest beyond `save_total_limit`.
+    Write `checkpoint-<step>` of all processes, mark the best one, and delete the oldest of the others beyond
+    `save_total_limit`.
 
     Args:
-        position: the loop's own state, JSON; `position["step"]` is the number of optimizer steps done.
+        model, optimizers: as `accelerator.prepare` returned them.
+        position: the loop's own state, JSON; `position["step"]` is the number of optimizer steps done, and
+            `position["eval_loss"]` the evaluation loss after it, or None if it was not evaluated.
         stream_position: of this process's stream, JSON, if the data is one.
     """
-    final = output_dir / f"checkpoint-{position['step']:06d}"
-    folder = final.with_name(final.name + INCOMPLETE)
+    weights = full_weights(accelerator, model)
+    optimizer_state = {"optimizers": get_optimizer_state_dict(model, _unwrapped(optimizers), options=WHOLE)}
+    if accelerator.scaler is not None:
+        optimizer_state["scaler"] = accelerator.scaler.state_dict()
+    generators = gather_object([_generator_states(accelerator.device)])
+    streams = gather_object([stream_position])
     if accelerator.is_main_process:
+        final = output_dir / f"checkpoint-{position['step']:06d}"
+        folder = final.with_name(final.name + INCOMPLETE)
         shutil.rmtree(folder, ignore_errors=True)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(folder))
-    if stream_position is not None:
-        write_text(_stream_file(folder, accelerator), json.dumps(stream_position) + "\n")
-    accelerator.wait_for_everyone()  # save_state does not wait for the other processes' files
-    if accelerator.is_main_process:
+        unwrapped = accelerator.unwrap_model(model, keep_torch_compile=False)
+        unwrapped.save_pretrained(folder, state_dict=weights)
+        torch.save(optimizer_state, folder / "optimizer.pt")
+        torch.save(generators, folder / "rng.pt")
+        position = {**position, "streams": streams}
         write_text(folder / "position.json", json.dumps(position, indent=2) + "\n")
         write_text(folder / "manifest.json", json.dumps({"files": _describe_files(folder)}, indent=2) + "\n")
         _sync(folder / "manifest.json")
         shutil.rmtree(final, ignore_errors=True)
         os.replace(folder, final)
         _sync(output_dir)
+        best = _mark_best(output_dir)
         for old in complete_checkpoints(output_dir)[:-save_total_limit]:
-            shutil.rmtree(old)
+            if old != best:
+                shutil.rmtree(old)
     accelerator.wait_for_everyone()
-    return final
 
 
-def load_checkpoint(accelerator: Accelerator, folder: Path, refuse: Callable[[dict], list[str]]) -> dict:
+def load_checkpoint(
+    accelerator: Accelerator,
+    folder: Path,
+    model: nn.Module,
+    optimizers: list[Optimizer],
+    refuse: Callable[[dict], list[str]],
+) -> dict:
     """
-    Restore model, optimizers and random generators of all processes. Returns the position it was saved with.
+    Restore model, optimizers and random generators of all processes. Returns the position it was saved with, with this
+    process's own `stream`.
 
     Args:
         refuse: says what speaks against going on from a position; an empty list if nothing does.
@@ -88,26 +117,32 @@ def load_checkpoint(accelerator: Accelerator, folder: Path, refuse: Callable[[di
         UserError: if a file is missing or is not what the manifest says, or if `refuse` said something. Nothing has
             been changed then.
     """
-    verdict: list = [None, None]
+    found: list = [None, None, None]
     if accelerator.is_main_process:
-        problems, position = verify(folder), None
+        problems, position, generators = verify(folder), None, None
         if not problems:
             position = json.loads((folder / "position.json").read_text(encoding="utf-8"))
+            generators = torch.load(folder / "rng.pt", weights_only=True)
             problems = refuse(position)
-        verdict = [problems, position]
+        found = [problems, position, generators]
     # Every process needs the verdict, or the others would go on and wait for the first one for ever.
-    problems, position = broadcast_object_list(verdict)
+    problems, position, generators = broadcast_object_list(found)
     if problems:
         raise UserError(*problems)
-    accelerator.load_state(str(folder))
-    accelerator.step = 0  # accelerate's micro-step counter: a checkpoint is always between two optimizer steps
-    return position
-
-
-def stream_position(accelerator: Accelerator, folder: Path) -> dict | None:
-    """What `save_checkpoint` was given by this process; to be asked for after `load_checkpoint`, which checks it."""
-    path = _stream_file(folder, accelerator)
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    weights, optimizer_state = {}, {"optimizers": {}}
+    if accelerator.is_main_process:
+        weights = load_file(folder / "model.safetensors")
+        weights |= {alias: weights[name] for alias, name in _aliases(accelerator, model).items()}
+        optimizer_state = torch.load(folder / "optimizer.pt", weights_only=True, mmap=True)
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=accelerator.num_processes > 1)
+    set_model_state_dict(model, weights, options=options)
+    set_optimizer_state_dict(model, _unwrapped(optimizers), optimizer_state["optimizers"], options=options)
+    if accelerator.scaler is not None:
+        accelerator.scaler.load_state_dict(broadcast_object_list([optimizer_state.get("scaler")])[0])
+    if len(generators) == accelerator.num_processes:  # with another number, each keeps the one it has from the seed
+        _restore_generators(generators[accelerator.process_index], accelerator.device)
+    streams = position.pop("streams")
+    return {**position, "stream": streams[accelerator.process_index % len(streams)]}
 
 
 def verify(folder: Path) -> list[str]:
@@ -158,8 +193,60 @@ def checkpoint_to_resume(output_dir: Path, resume_from_checkpoint: str) -> Path 
     return checkpoints[-1] if checkpoints else None
 
 
-def _stream_file(folder: Path, accelerator: Accelerator) -> Path:
-    return folder / f"stream_{accelerator.process_index}.json"
+def best_checkpoint(output_dir: Path) -> tuple[Path, float] | None:
+    """The checkpoint with the lowest evaluation loss, and that loss; None if none was evaluated."""
+    scored = []
+    for folder in complete_checkpoints(output_dir):
+        eval_loss = json.loads((folder / "position.json").read_text(encoding="utf-8")).get("eval_loss")
+        if eval_loss is not None:
+            scored.append((eval_loss, folder))
+    if not scored:
+        return None
+    eval_loss, folder = min(scored)
+    return folder, eval_loss
+
+
+def _mark_best(output_dir: Path) -> Path | None:
+    """Have `checkpoint-best` point to the best checkpoint, and return that."""
+    best = best_checkpoint(output_dir)
+    if best is None:
+        return None
+    link = output_dir / (BEST + INCOMPLETE)
+    with contextlib.suppress(OSError):  # a file system without links: it is kept all the same
+        link.unlink(missing_ok=True)
+        link.symlink_to(best[0].name)
+        os.replace(link, output_dir / BEST)
+    return best[0]
+
+
+def _aliases(accelerator: Accelerator, model: nn.Module) -> dict[str, str]:
+    """Names of tied weights, each with the name under which the same parameter comes first."""
+    first: dict[nn.Parameter, str] = {}
+    aliases = {}
+    unwrapped = accelerator.unwrap_model(model, keep_torch_compile=False)
+    for name, parameter in unwrapped.named_parameters(remove_duplicate=False):
+        if parameter in first:
+            aliases[name] = first[parameter]
+        else:
+            first[parameter] = name
+    return aliases
+
+
+def _unwrapped(optimizers: list[Optimizer]) -> list[Optimizer]:
+    return [getattr(optimizer, "optimizer", optimizer) for optimizer in optimizers]
+
+
+def _generator_states(device: torch.device) -> dict[str, torch.Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if device.type != "cpu":
+        states[device.type] = torch.get_device_module(device).get_rng_state()
+    return states
+
+
+def _restore_generators(states: dict[str, torch.Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states["cpu"])
+    if device.type in states and device.type != "cpu":
+        torch.get_device_module(device).set_rng_state(states[device.type])
 
 
 def _describe_files(folder: Path) -> dict:

@@ -8,6 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pretraining.data import PackedDataset
+from pretraining.inputs import model_inputs, num_targets
 
 SAMPLE_TOKENS = 64
 
@@ -18,15 +19,16 @@ def evaluate(
     dataset: PackedDataset,
     accelerator: Accelerator,
     batch_size: int,
-    eval_iters: int | None,
+    num_rows: int | None,
     document_token_id: int | None,
 ) -> dict[str, float]:
     """
-    Loss over a fixed set of rows, the first `eval_iters * batch_size` of `dataset` or all of them, shared out over
-    the processes; every row counts once, whatever the number of processes.
+    Loss over a fixed set of rows, the first `num_rows` of `dataset` or all of them, shared out over the processes;
+    every row counts once, whatever the number of processes and the size of a batch.
 
     Args:
-        document_token_id: see `document_positions`; None lets tokens see the documents before theirs.
+        model: as `accelerator.prepare` returned it.
+        document_token_id: see `inputs.document_positions`; None lets tokens see the documents before theirs.
 
     Returns:
         eval_loss: mean cross-entropy in nats per token.
@@ -35,7 +37,7 @@ def evaluate(
             eval_loss / ln 2 * tokens / bytes of the validation text. The tokens between documents count, with no
             bytes of their own.
     """
-    num_rows = min(len(dataset), eval_iters * batch_size) if eval_iters else len(dataset)
+    num_rows = min(len(dataset), num_rows or len(dataset))
     rows_per_round = batch_size * accelerator.num_processes
     total = torch.zeros(2, dtype=torch.float64)
     model.eval()
@@ -44,18 +46,11 @@ def evaluate(
         # model needs all of them for a forward pass.
         first = start + accelerator.process_index * batch_size
         rows = [min(row, num_rows - 1) for row in range(first, first + batch_size)]
-        input_ids = dataset.__getitems__(rows).to(accelerator.device).long()
-        labels = input_ids.clone()
-        labels[max(0, num_rows - first) :] = -100
-        loss_sum = model(
-            input_ids=input_ids,
-            position_ids=document_positions(input_ids, document_token_id),
-            labels=labels,
-            num_items_in_batch=1,
-            use_cache=False,
-            skip_logits=True,
-        ).loss
-        total += torch.tensor([loss_sum.item(), (labels[:, 1:] != -100).sum().item()])
+        inputs = model_inputs(dataset.__getitems__(rows), accelerator.device, document_token_id)
+        inputs["labels"] = inputs["labels"].clone()
+        inputs["labels"][max(0, num_rows - first) :] = -100
+        loss_sum = model(**inputs, num_items_in_batch=1, use_cache=False, skip_logits=True).loss
+        total += torch.tensor([loss_sum.item(), num_targets(inputs["labels"]).item()])
     model.train()
     loss_sum, tokens = accelerator.reduce(total.to(accelerator.device), "sum").tolist()
     loss = loss_sum / tokens
@@ -66,27 +61,16 @@ def evaluate(
     }
 
 
-def document_positions(input_ids: torch.Tensor, document_token_id: int | None) -> torch.Tensor | None:
-    """
-    Positions (B, T) that start again at each document of a row, which keeps documents apart in this model; None, the
-    plain concatenation, without a `document_token_id`.
-
-    The end-of-text token counts as the first of the document behind it: so its one place in a document teaches how to
-    end one, by being foretold, and how to begin one, as it does when text is generated from nothing.
-    """
-    if document_token_id is None:
-        return None
-    index = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
-    starts = torch.where(input_ids == document_token_id, index, 0).cummax(-1).values
-    return index - starts
-
-
 def write_samples(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], seed: int
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], seed: int, is_sharded: bool
 ) -> list[str]:
     """
     One continuation of each prompt (the empty prompt starts a document), `SAMPLE_TOKENS` tokens, sampled at
     temperature 0.7. The same seed every time, and the training's own random numbers are left as they were.
+
+    Args:
+        model: unwrapped.
+        is_sharded: each process holds a part of the weights, so that all have to call this together.
     """
     model.eval()
     texts = []
@@ -103,6 +87,7 @@ def write_samples(
                 do_sample=True,
                 temperature=0.7,
                 pad_token_id=tokenizer.eos_token_id,
+                synced_gpus=is_sharded,
             )
             texts.append(tokenizer.decode(output[0], skip_special_tokens=True))
     model.train()

@@ -4,11 +4,24 @@ import os
 from collections.abc import Callable
 from typing import TypeVar
 
-from accelerate.utils import gather_object
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import (
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    GradientAccumulationPlugin,
+    TorchDynamoPlugin,
+    broadcast_object_list,
+    gather_object,
+)
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from pretraining.arguments import UserError
 
 T = TypeVar("T")
+
+# How many processes there are, by the launchers that set it: torchrun and accelerate, Slurm's srun, and three MPIs.
+WORLD_SIZES = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
 def check_launch(num_processes: int) -> None:
@@ -20,14 +33,77 @@ def check_launch(num_processes: int) -> None:
         UserError: if that is not how many were started, or asked for. Each would work alone, and overwrite what the
             others write.
     """
-    started = int(os.environ.get("WORLD_SIZE", 1))
-    if started != num_processes:
-        raise UserError(f"started as one of {started} processes, but found {num_processes}")
+    if "WORLD_SIZE" in os.environ:
+        started = {"WORLD_SIZE": int(os.environ["WORLD_SIZE"])}  # srun may start one launcher a machine
+    else:
+        started = {name: int(os.environ[name]) for name in WORLD_SIZES if name in os.environ}
+    for name, number in started.items():
+        if number != num_processes:
+            raise UserError(
+                f"started as one of {number} processes ({name}), but found {num_processes}: "
+                "start them with accelerate launch"
+            )
     if "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
         raise UserError(
             "asked for several processes, but only one was started, as accelerate does where distributed_type is NO: "
             "use --config_file configs/cpu.yaml, or add --multi_gpu (which serves CPUs too)"
         )
+
+
+def open_accelerator(state: PartialState, gradient_accumulation_steps: int, torch_compile: bool) -> Accelerator:
+    """
+    Raises:
+        UserError: if the launch config asks for sharding that this machine cannot do: every process would hold the
+            whole model.
+    """
+    wants_fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    accelerator = Accelerator(
+        cpu=state.device.type == "cpu",
+        # Accelerate would end an accumulation early at the end of a data loader; the rows here have no end.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=gradient_accumulation_steps, sync_with_dataloader=False
+        ),
+        fsdp_plugin=_fsdp_plugin() if wants_fsdp else None,
+        dynamo_plugin=TorchDynamoPlugin(backend="inductor") if torch_compile else None,
+    )
+    if wants_fsdp and accelerator.distributed_type != DistributedType.FSDP:
+        raise UserError("the launch config asks for FSDP, which needs several processes with a GPU each")
+    return accelerator
+
+
+def _fsdp_plugin() -> FullyShardedDataParallelPlugin:
+    """
+    As the launch config has it, but for bf16: there the products are computed in bf16 while gradients are added up in
+    fp32 and the loss comes out in fp32. Accelerate's own policy rounds both to bf16.
+    """
+    policy = None
+    if os.environ.get("ACCELERATE_MIXED_PRECISION", "no") == "bf16":
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    return FullyShardedDataParallelPlugin(mixed_precision_policy=policy)
+
+
+def is_sharded(accelerator: Accelerator) -> bool:
+    """Whether each process holds a part of the weights, so that a forward pass takes all of them."""
+    return accelerator.distributed_type == DistributedType.FSDP
+
+
+def on_main_process(state: PartialState, work: Callable[[], T]) -> T:
+    """
+    The result of `work`, which the first process alone calls, on all of them.
+
+    Raises:
+        UserError: on all processes, if `work` raised it.
+    """
+    answer: list = [None, None]
+    if state.is_main_process:
+        try:
+            answer = [work(), None]
+        except UserError as error:
+            answer = [None, error.problems]
+    result, problems = broadcast_object_list(answer)
+    if problems:
+        raise UserError(*problems)
+    return result
 
 
 def on_every_process(work: Callable[[], T]) -> T:

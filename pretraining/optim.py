@@ -56,7 +56,7 @@ def parameter_groups(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Para
     return hidden, other_matrices, vectors
 
 
-SCHEDULES = ("cosine_with_min_lr", "cosine", "linear", "constant_with_warmup", "warmup_stable_decay")
+SCHEDULES = ("cosine_with_min_lr", "cosine", "linear", "constant", "constant_with_warmup", "warmup_stable_decay")
 
 
 def learning_rate_factor(step: int, schedule: str, warmup_steps: int, max_steps: int) -> float:
@@ -66,7 +66,7 @@ def learning_rate_factor(step: int, schedule: str, warmup_steps: int, max_steps:
     After a linear warm-up over `warmup_steps`:
         cosine_with_min_lr: half a cosine down to 0.1 (GPT-3 paper, appendix B)
         cosine, linear: down to 0 at `max_steps`
-        constant_with_warmup: 1
+        constant, constant_with_warmup: 1
         warmup_stable_decay: 1, then linearly to 0 over the last fifth (Hägele et al. 2024)
     """
     if step < warmup_steps:
@@ -78,7 +78,7 @@ def learning_rate_factor(step: int, schedule: str, warmup_steps: int, max_steps:
         return 0.5 * (1 + math.cos(math.pi * progress))
     if schedule == "linear":
         return 1 - progress
-    if schedule == "constant_with_warmup":
+    if schedule in ("constant", "constant_with_warmup"):
         return 1.0
     if schedule == "warmup_stable_decay":
         return min(1.0, (1 - progress) / 0.2)

@@ -87,6 +87,10 @@ def export(
     folder.rmdir()
 
 
+def duration(hours: float) -> str:
+    return f"{hours * 60:.1f} minutes" if hours < 2 else f"{hours:.1f} hours"
+
+
 def model_card(record: RunRecord, model: PreTrainedModel) -> ModelCard:
     config, validation = model.config, record.validation_statistics
     card_data = ModelCardData(
@@ -128,7 +132,7 @@ def model_card(record: RunRecord, model: PreTrainedModel) -> ModelCard:
                 *_data_rows(record),
                 ("steps", f"{record.steps:,} of {record.tokens // record.steps:,} tokens"),
                 ("hardware", record.hardware),
-                ("time", f"{record.hours * 60:.1f} minutes" if record.hours < 2 else f"{record.hours:.1f} hours"),
+                ("time", duration(record.hours)),
                 ("precision", record.mixed_precision),
                 *((f"`{key}`", value) for key, value in record.settings.items() if value is not None),
             ],

@@ -7,6 +7,8 @@ from pathlib import Path
 import yaml
 from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list
+from torch import nn
+from torch.optim import Optimizer
 
 from pretraining import checkpoint, publish
 from pretraining.arguments import UserError
@@ -27,6 +29,7 @@ class Run:
         elapsed_before: seconds that earlier starts of the program took.
         flops_per_token: see `hardware.flops_per_token`.
         peak_flops: of all devices together, or None if it is not known.
+        evaluated: the last step with an evaluation, and its loss.
     """
 
     tokens_per_step: int
@@ -37,6 +40,7 @@ class Run:
     peak_flops: float | None
     step: int = 0
     elapsed_before: float = 0.0
+    evaluated: tuple[int, float | None] = (-1, None)
 
     def __post_init__(self):
         self._started = time.perf_counter()
@@ -69,8 +73,10 @@ class Run:
 
     def position(self) -> dict:
         """What a checkpoint saves of the loop. Packed rows come in an order that is a pure function of the step."""
+        step, eval_loss = self.evaluated
         return {
             "step": self.step,
+            "eval_loss": eval_loss if step == self.step else None,
             "tokens_per_step": self.tokens_per_step,
             "data_name": self.data_name,
             "data_fingerprint": self.data_fingerprint,
@@ -78,15 +84,18 @@ class Run:
             "elapsed_seconds": self.elapsed_seconds,
         }
 
-    def resume(self, accelerator: Accelerator, folder: Path) -> None:
+    def resume(
+        self, accelerator: Accelerator, folder: Path, model: nn.Module, optimizers: list[Optimizer]
+    ) -> dict | None:
         """
-        Go on from a checkpoint.
+        Go on from a checkpoint. Returns where this process's stream was, if the data is one.
 
         Raises:
             UserError: if it is damaged, or was made with other data or another global batch.
         """
-        position = checkpoint.load_checkpoint(accelerator, folder, self._refuse)
+        position = checkpoint.load_checkpoint(accelerator, folder, model, optimizers, self._refuse)
         self.step, self.elapsed_before = position["step"], position["elapsed_seconds"]
+        return position["stream"]
 
     def _refuse(self, position: dict) -> list[str]:
         name, tokens = f"the checkpoint of step {position['step']}", position["tokens_per_step"]

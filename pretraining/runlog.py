@@ -1,51 +1,79 @@
-"""What a run leaves to look at: metrics.jsonl, the progress bar, the trackers and the plots."""
+"""What a run leaves to look at: metrics.jsonl, the progress bar and the trackers. The plots are in plots.py."""
 
 import json
-import math
-import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from accelerate import Accelerator
+from accelerate.tracking import GeneralTracker, TensorBoardTracker, TrackioTracker, WandBTracker
 from tqdm import tqdm
 
-from pretraining.files import INCOMPLETE, write_text
+from pretraining.arguments import one_line
+from pretraining.files import write_text
 from pretraining.run import Run
 
 METRICS_FILE = "metrics.jsonl"
+PROJECT = "gpt2scratch"
+# What a run that was cut short had sent after its checkpoint, tensorboard drops; the others keep both.
+TRACKERS: dict[str, Callable[[Path, int], GeneralTracker]] = {
+    "tensorboard": lambda folder, step: TensorBoardTracker("tensorboard", folder, purge_step=step + 1),
+    "wandb": lambda folder, step: WandBTracker(PROJECT, name=folder.name, dir=str(folder)),
+    "trackio": lambda folder, step: TrackioTracker(PROJECT, name=folder.name),
+}
 
 
 class RunLog:
     """
-    Writes on the main process, and does nothing on the others.
+    Writes on the main process; the progress bar is on every machine's first one.
 
     Args:
         first_step: the number of steps already done; lines of metrics.jsonl beyond it belong to a continuation that
             was lost, and are removed.
+        report_to: names of `TRACKERS`.
+        settings: what the trackers are to know of the run.
     """
 
-    def __init__(self, accelerator: Accelerator, output_dir: Path, first_step: int, max_steps: int):
-        self.accelerator = accelerator
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        output_dir: Path,
+        first_step: int,
+        max_steps: int,
+        report_to: list[str],
+        settings: dict,
+    ):
         self.is_main = accelerator.is_main_process
         self.path = output_dir / METRICS_FILE
+        self.trackers: dict[str, GeneralTracker] = {}
         if self.is_main:
             _truncate(self.path, first_step)
-        self.bar = tqdm(
-            total=max_steps, initial=first_step, desc="training", unit="step", disable=not self.is_main, leave=True
-        )
+            # They take numbers, words and booleans, not lists or None.
+            settings = {
+                key: value if isinstance(value, int | float) else str(value) for key, value in settings.items()
+            }
+            for name in report_to:
+                self._attempt(name, lambda name=name: self._open(name, output_dir, first_step, settings))
+        bar_is_here = accelerator.is_local_main_process
+        self.bar = tqdm(total=max_steps, initial=first_step, desc="training", unit="step", disable=not bar_is_here)
 
     def __enter__(self) -> "RunLog":
         return self
 
     def __exit__(self, *exception) -> None:
         self.bar.close()
+        for name, tracker in list(self.trackers.items()):
+            self._attempt(name, tracker.finish)
 
     def metrics(self, run: Run, values: dict[str, float]) -> None:
-        """Append a line to metrics.jsonl and send it to the tracker."""
-        if self.is_main:
-            clock = {"step": run.step, "tokens": run.tokens, "elapsed_seconds": round(run.elapsed_seconds, 3)}
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(clock | values) + "\n")
-        self.accelerator.log(values, step=run.step)
+        """Append a line to metrics.jsonl and send it to the trackers."""
+        if not self.is_main:
+            return
+        clock = {"step": run.step, "tokens": run.tokens, "elapsed_seconds": round(run.elapsed_seconds, 3)}
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(clock | values) + "\n")
+        for name, tracker in list(self.trackers.items()):
+            self._attempt(name, lambda tracker=tracker: tracker.log(values, step=run.step))
 
     def progress(self, step: int, **postfix: str) -> None:
         self.bar.update(step - self.bar.n)
@@ -57,53 +85,26 @@ class RunLog:
         if self.is_main:
             self.bar.write(text)
 
+    def _open(self, name: str, output_dir: Path, first_step: int, settings: dict) -> None:
+        tracker = TRACKERS[name](output_dir, first_step)
+        tracker.start()
+        self.trackers[name] = tracker
+        tracker.store_init_configuration(settings)
+
+    def _attempt(self, name: str, action: Callable[[], None]) -> None:
+        """A tracker that fails, for no network or a full disk, say, is done without: metrics.jsonl has it all."""
+        try:
+            action()
+        except Exception as error:
+            self.trackers.pop(name, None)
+            tqdm.write(f"warning: {name} failed, the run goes on without it: {one_line(error)}", file=sys.stderr)
+
 
 def read_metrics(output_dir: Path) -> list[dict]:
     path = output_dir / METRICS_FILE
     if not path.is_file():
         return []
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-
-
-def plot_loss(output_dir: Path, bits_per_byte_lines: dict[str, float], bytes_per_token: float) -> Path:
-    """
-    Draw plots/loss.png: training and validation loss over the tokens seen.
-
-    Args:
-        bits_per_byte_lines: compression rates to compare with, such as `{"gzip -9": 2.06}`, drawn where the
-            validation loss would have that many bits per byte.
-        bytes_per_token: of the validation text.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    from matplotlib.ticker import EngFormatter
-
-    lines = read_metrics(output_dir)
-    training = [(line["tokens"], line["loss"]) for line in lines if "loss" in line]
-    evaluation = [(line["tokens"], line["eval_loss"]) for line in lines if "eval_loss" in line]
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    if training:
-        axes.plot(*zip(*training, strict=True), color="tab:blue", alpha=0.5, linewidth=1, label="training")
-    if evaluation:
-        axes.plot(*zip(*evaluation, strict=True), color="tab:orange", marker="o", markersize=4, label="validation")
-    for (name, rate), style in zip(bits_per_byte_lines.items(), ("--", ":"), strict=False):
-        loss = rate * math.log(2) * bytes_per_token
-        axes.axhline(loss, color="tab:gray", linestyle=style, label=f"{name}: {rate:.2f} bits per byte")
-    axes.set_xlabel("tokens seen")
-    axes.set_ylabel("loss (nats per token)")
-    axes.xaxis.set_major_formatter(EngFormatter())  # 500k, 1M, 1.5M
-    axes.set_xlim(left=0)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    path = output_dir / "plots" / "loss.png"
-    path.parent.mkdir(exist_ok=True)
-    temporary = path.with_name(path.name + INCOMPLETE)
-    figure.savefig(temporary, dpi=120, format="png")
-    plt.close(figure)
-    os.replace(temporary, path)
-    return path
 
 
 def _truncate(path: Path, last_step: int) -> None:

@@ -1,23 +1,21 @@
 """HellaSwag: the same numbers as the two published protocols, whatever the batch size and the number of processes."""
 
 import json
-import random
 import re
 import statistics
-import textwrap
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import launch, script, succeed
+from hellaswag_items import TEXT, generated_records, write_items
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from eval_hellaswag import load_items, load_model, score_items, summarise
+from eval_hellaswag import encode_items, load_items, load_model, score_items, summarise
 from modeling_gpt2scratch import GPT2ScratchConfig, GPT2ScratchForCausalLM
 from pretraining.arguments import UserError
 from pretraining.tokenizer import train_tokenizer
 
-TEXT = Path(textwrap.__file__).read_text(encoding="utf-8")
 WINDOW = 96
 PROTOCOLS = ("completion", "lm_eval")
 
@@ -44,42 +42,6 @@ def random_model(model_type: str, vocab_size: int, **kwargs):
     tokens = {"bos_token_id": 0, "eos_token_id": 0}
     config = AutoConfig.for_model(model_type, vocab_size=vocab_size, **shape, **tokens, **kwargs)
     return AutoModelForCausalLM.from_config(config).eval()
-
-
-def generated_records(count: int) -> list[dict]:
-    """Items of very different lengths, in the original format, with the oddities that the real ones have."""
-    choose = random.Random(0)
-    words = sorted(set(re.findall("[A-Za-z]+", TEXT)))
-
-    def sentence(least: int, most: int) -> str:
-        return " ".join(choose.choices(words, k=choose.randint(least, most))) + "."
-
-    records = []
-    for number in range(count):
-        ctx_a, ctx_b = sentence(1, 12), choose.choice(["", "the Man", "then  she"])
-        endings = [sentence(1, 9) for _ in range(4)]
-        if number % 3 == 0:  # as those from WikiHow; the last one leaves a space at the end of the context
-            ctx_a = f"[header] How to {ctx_a} [title] {sentence(1, 3)} [step]"
-            endings = [f"{ending} [substeps] Café  {sentence(1, 3)}" for ending in endings]
-            ctx_b = ctx_b if number % 2 else ""
-        records.append(
-            {
-                "ind": 1000 - 7 * number,
-                "activity_label": sentence(1, 2)[:-1],
-                "ctx_a": ctx_a,
-                "ctx_b": ctx_b,
-                "ctx": f"{ctx_a} {ctx_b}".strip(),
-                "endings": endings,
-                "label": choose.randrange(4),
-                "source_id": "left out",
-            }
-        )
-    return records
-
-
-def write_items(path: Path, records: list[dict]) -> Path:
-    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    return path
 
 
 def transcribed_score(model, tokenizer, item: dict, protocol: str) -> dict:
@@ -123,23 +85,27 @@ def assert_same_scores(found: list[dict], expected: list[dict], tolerance: float
         assert {**one, "loglikelihoods": None} == {**other, "loglikelihoods": None}
 
 
+def scores_of(model, tokenizer, items: list[dict], protocol: str, batch_size: int) -> list[dict]:
+    return score_items(model, encode_items(model.config, tokenizer, items, protocol), batch_size)
+
+
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_scores_are_those_of_the_published_formulas(model, tokenizer, items, protocol):
     expected = [transcribed_score(model, tokenizer, item, protocol) for item in items]
-    assert_same_scores(score_items(model, tokenizer, items, protocol, batch_size=4), expected)
+    assert_same_scores(scores_of(model, tokenizer, items, protocol, batch_size=4), expected)
     assert any(score["pred"] != score["pred_norm"] for score in expected), "on these items the two rules should differ"
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_the_batch_size_changes_no_score(model, tokenizer, items, protocol):
-    one_by_one = score_items(model, tokenizer, items, protocol, batch_size=1)
+    one_by_one = scores_of(model, tokenizer, items, protocol, batch_size=1)
     for batch_size in (2, 5, 100):
-        assert_same_scores(score_items(model, tokenizer, items, protocol, batch_size), one_by_one)
+        assert_same_scores(scores_of(model, tokenizer, items, protocol, batch_size), one_by_one)
 
 
 def test_a_text_too_long_for_the_model_loses_its_beginning(model, tokenizer, items):
     def scores(ctx: str) -> list[float]:
-        return score_items(model, tokenizer, [{**items[1], "ctx": ctx}], "completion", 1)[0]["loglikelihoods"]
+        return scores_of(model, tokenizer, [{**items[1], "ctx": ctx}], "completion", 1)[0]["loglikelihoods"]
 
     long = "In the beginning " + items[1]["ctx"] * 10
     assert len(tokenizer.encode(long)) > 2 * WINDOW
@@ -151,7 +117,7 @@ def test_a_text_too_long_for_the_model_loses_its_beginning(model, tokenizer, ite
 
 def test_an_ending_longer_than_the_model_is_scored_as_far_as_it_fits(model, tokenizer, items):
     endings = [TEXT[:600], *items[0]["endings"][1:]]
-    score = score_items(model, tokenizer, [{**items[0], "endings": endings}], "completion", 1)[0]
+    score = scores_of(model, tokenizer, [{**items[0], "endings": endings}], "completion", 1)[0]
     tokens = torch.tensor([tokenizer.encode(" " + TEXT[:600])[-(WINDOW + 1) :]])
     with torch.no_grad():
         logits = model(tokens[:, :-1]).logits[0]
@@ -166,13 +132,13 @@ def test_any_causal_language_model_can_be_scored(model_type, tokenizer, items):
         kwargs |= {"final_logit_softcapping": 1.0, "intermediate_size": 64, "max_position_embeddings": WINDOW}
     model = random_model(model_type, len(tokenizer), **kwargs)
     expected = [transcribed_score(model, tokenizer, item, "lm_eval") for item in items[:6]]
-    assert_same_scores(score_items(model, tokenizer, items[:6], "lm_eval", batch_size=3), expected)
+    assert_same_scores(scores_of(model, tokenizer, items[:6], "lm_eval", batch_size=3), expected)
 
 
 def test_only_the_logits_of_the_endings_are_computed(model, tokenizer, items):
     shapes = []
     hook = model.lm_head.register_forward_hook(lambda module, inputs, output: shapes.append(tuple(output.shape)))
-    score_items(model, tokenizer, items, "completion", batch_size=len(items))
+    scores_of(model, tokenizer, items, "completion", batch_size=len(items))
     hook.remove()
     ending_tokens = sum(len(tokenizer.encode(" " + ending)) for item in items for ending in item["endings"])
     assert shapes == [(ending_tokens, len(tokenizer))]
@@ -180,7 +146,7 @@ def test_only_the_logits_of_the_endings_are_computed(model, tokenizer, items):
 
 def test_the_model_comes_back_as_it_was(model, tokenizer, items):
     model.train()
-    score_items(model, tokenizer, items[:2], "completion", batch_size=2)
+    scores_of(model, tokenizer, items[:2], "completion", batch_size=2)
     still_training = model.training
     model.eval()
     assert still_training
@@ -191,13 +157,13 @@ def test_a_model_that_gives_nan_has_no_accuracy(model, tokenizer, items):
     broken = GPT2ScratchForCausalLM(model.config)
     torch.nn.init.constant_(broken.model.norm.weight, float("nan"))
     with pytest.raises(UserError, match=r"item \d+: the model's log-likelihoods are \[nan, "):
-        score_items(broken, tokenizer, items, "completion", batch_size=4)
+        scores_of(broken, tokenizer, items, "completion", batch_size=4)
 
 
 def test_a_tokenizer_of_another_model_is_refused(tokenizer, items):
     small = GPT2ScratchForCausalLM(GPT2ScratchConfig(vocab_size=100, n_embd=8, n_layer=1, n_head=1))
     with pytest.raises(UserError, match=r"the tokenizer gave token \d+, the model has only 100"):
-        score_items(small, tokenizer, items, "completion", batch_size=4)
+        scores_of(small, tokenizer, items, "completion", batch_size=4)
 
 
 def test_standard_errors_are_those_of_a_sample_mean():

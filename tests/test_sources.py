@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 
 from pretraining.arguments import UserError
 from pretraining.data import RowOrder, open_data_folder
-from pretraining.evaluation import document_positions
+from pretraining.inputs import document_positions
 from pretraining.mixture import ROWS_PER_ROUND, Schedule, Source
 from pretraining.sources import open_packed
 
@@ -354,7 +354,6 @@ def test_folders_that_do_not_fit_together_are_no_mixture(small_shards, tmp_path)
 def test_document_positions_start_again_at_each_end_of_text():
     ids = torch.tensor([[5, 6, 0, 7, 8, 0, 0, 9], [0, 5, 5, 5, 5, 5, 5, 0]])
     assert document_positions(ids, 0).tolist() == [[0, 1, 0, 1, 2, 0, 0, 1], [0, 1, 2, 3, 4, 5, 6, 0]]
-    assert document_positions(ids, None) is None
 
 
 def loss_of_documents_alone(stock, rows) -> float:

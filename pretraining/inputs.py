@@ -1,0 +1,33 @@
+"""Rows of tokens as the model takes them."""
+
+import torch
+
+
+def model_inputs(
+    rows: torch.Tensor, device: torch.device, document_token_id: int | None
+) -> dict[str, torch.Tensor | None]:
+    """
+    Args:
+        rows (`(B, T)`): token ids of any integer type.
+        document_token_id: see `document_positions`; None lets tokens see the documents before theirs.
+    """
+    input_ids = rows.to(device, non_blocking=True).long()
+    position_ids = None if document_token_id is None else document_positions(input_ids, document_token_id)
+    return {"input_ids": input_ids, "position_ids": position_ids, "labels": input_ids}
+
+
+def document_positions(input_ids: torch.Tensor, document_token_id: int) -> torch.Tensor:
+    """
+    Positions (B, T) that start again at each document of a row, which keeps documents apart in this model.
+
+    The end-of-text token counts as the first of the document behind it: so its one place in a document teaches how to
+    end one, by being foretold, and how to begin one, as it does when text is generated from nothing.
+    """
+    index = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+    starts = torch.where(input_ids == document_token_id, index, 0).cummax(-1).values
+    return index - starts
+
+
+def num_targets(labels: torch.Tensor) -> torch.Tensor:
+    """How many tokens a loss over labels (B, T) counts: the first of a row has nothing before it to be told from."""
+    return (labels[:, 1:] != -100).sum()

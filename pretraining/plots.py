@@ -1,0 +1,84 @@
+"""The plots of a run, drawn from its metrics.jsonl."""
+
+import os
+from pathlib import Path
+
+from pretraining.files import INCOMPLETE
+from pretraining.published import HELLASWAG_ACC_NORM
+from pretraining.runlog import read_metrics
+
+
+def plot_loss(output_dir: Path, reference_losses: dict[str, float]) -> Path:
+    """
+    Draw plots/loss.png: training and validation loss over the tokens seen.
+
+    Args:
+        reference_losses: what to compare the validation loss with, in nats per token, such as `{"gzip -9": 4.31}`.
+    """
+    lines = read_metrics(output_dir)
+    figure, axes = _new_figure()
+    training = [(line["tokens"], line["loss"]) for line in lines if "loss" in line]
+    evaluation = [(line["tokens"], line["eval_loss"]) for line in lines if "eval_loss" in line]
+    if training:
+        axes.plot(*zip(*training, strict=True), color="tab:blue", alpha=0.5, linewidth=1, label="training")
+    if evaluation:
+        axes.plot(*zip(*evaluation, strict=True), color="tab:orange", marker="o", markersize=4, label="validation")
+    _reference_lines(axes, reference_losses)
+    axes.set_ylabel("loss (nats per token)")
+    return _save(figure, axes, output_dir / "plots" / "loss.png")
+
+
+def plot_hellaswag(output_dir: Path) -> Path:
+    """Draw plots/hellaswag.png: accuracy over the tokens seen, beside what OpenAI's models reach."""
+    lines = [line for line in read_metrics(output_dir) if "hellaswag_acc_norm" in line]
+    tokens = [line["tokens"] for line in lines]
+    figure, axes = _new_figure()
+    for key, color, label in (("acc_norm", "tab:orange", "acc_norm"), ("acc", "tab:blue", "acc")):
+        values = [100 * line[f"hellaswag_{key}"] for line in lines]
+        axes.plot(tokens, values, color=color, marker="o", markersize=4, label=label)
+    axes.axhline(25, color="black", linewidth=0.8, label="chance")
+    _reference_lines(axes, HELLASWAG_ACC_NORM)
+    axes.set_ylabel(f"HellaSwag, % of {lines[-1]['hellaswag_n']:,} items")
+    return _save(figure, axes, output_dir / "plots" / "hellaswag.png")
+
+
+def _new_figure():
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt.subplots(figsize=(8, 5), layout="constrained")
+
+
+def _reference_lines(axes, values: dict[str, float]) -> None:
+    """Dashed lines, each with its name at the right end."""
+    for name, value in values.items():
+        axes.axhline(value, color="tab:gray", linestyle="--", linewidth=0.8)
+        axes.annotate(
+            f"{name} {value:.2f}",
+            xy=(1, value),
+            xycoords=("axes fraction", "data"),
+            xytext=(-4, 2),
+            textcoords="offset points",
+            ha="right",
+            fontsize=8,
+            color="dimgray",
+        )
+
+
+def _save(figure, axes, path: Path) -> Path:
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import EngFormatter
+
+    axes.set_xlabel("tokens seen")
+    axes.xaxis.set_major_formatter(EngFormatter())  # 500k, 1M, 1.5M
+    axes.set_xlim(left=0)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    path.parent.mkdir(exist_ok=True)
+    temporary = path.with_name(path.name + INCOMPLETE)
+    figure.savefig(temporary, dpi=120, format="png")
+    plt.close(figure)
+    os.replace(temporary, path)
+    return path
