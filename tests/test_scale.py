@@ -1,0 +1,266 @@
+"""One training, however it is launched: the reference is one process with one batch for each step."""
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import REPOSITORY, TINY, launch, metrics, run, script, succeed
+from hellaswag_items import generated_records, write_items
+from safetensors.torch import load_file
+from tiny_models import tiny_model
+from transformers import AutoModelForCausalLM
+
+import train_accelerate
+from eval_hellaswag import encode_items, load_items, load_model, score_items, summarise
+from pretraining.arguments import UserError
+from pretraining.launch import WORLD_SIZES, check_launch
+
+ACCELERATE = Path(sys.executable).with_name("accelerate")
+SAME = {"step", "tokens", "loss", "learning_rate", "eval_loss", "eval_bits_per_byte", "hellaswag_acc", "hellaswag_n"}
+# Without biases of the keys: their gradients are zero but for rounding, which AdamW scales up to full steps.
+SHAPE = TINY + ",qkv_bias=false"
+
+
+@pytest.fixture(scope="module")
+def flags(data_dir, tmp_path_factory) -> tuple:
+    """20 steps of 16 rows, with all that happens on the way."""
+    items = write_items(tmp_path_factory.mktemp("items") / "items.jsonl", generated_records(19))
+    return (
+        *("--data_dir", data_dir, "--config_overrides", SHAPE, "--tokens_per_step", 512, "--max_steps", 20),
+        *("--eval_steps", 10, "--eval_iters", 1, "--save_steps", 10, "--sample_prompts", "def ", "--logging_steps", 1),
+        *("--hellaswag_steps", 10, "--hellaswag_file", items, "--report_to", "none"),
+    )
+
+
+@pytest.fixture(scope="module")
+def reference(flags, tmp_path_factory) -> Path:
+    output_dir = tmp_path_factory.mktemp("reference") / "run"
+    batch = ("--per_device_train_batch_size", 16)
+    result = succeed(script("train_accelerate.py", *flags, *batch, "--output_dir", output_dir))
+    (output_dir / "samples.txt").write_text(samples(result))
+    return output_dir
+
+
+def samples(result: subprocess.CompletedProcess) -> str:
+    return re.search(r"--- sample at step 20\n(.*?)\n---", result.stdout, re.DOTALL)[1]
+
+
+def launch_sharded(tmp_path: Path, num_processes: int, *arguments: object) -> subprocess.CompletedProcess:
+    """With configs/fsdp2.yaml as it is but for what makes it run on a CPU."""
+    config = yaml.safe_load((REPOSITORY / "configs/fsdp2.yaml").read_text())
+    config |= {"num_processes": num_processes, "mixed_precision": "no", "use_cpu": True}
+    path = tmp_path / "fsdp.yaml"
+    path.write_text(yaml.safe_dump(config))
+    programs = (REPOSITORY / "tests/fsdp_on_cpu.py", REPOSITORY / "train_accelerate.py")
+    return run(ACCELERATE, "launch", "--config_file", path, *programs, *arguments)
+
+
+def relative_distance(weights: dict, others: dict) -> float:
+    """Of all weights as one vector."""
+    assert weights.keys() == others.keys()
+    squares = [
+        ((weights[name] - others[name]).double().square().sum(), weights[name].square().sum()) for name in weights
+    ]
+    return float((sum(part for part, _ in squares) / sum(whole for _, whole in squares)).sqrt())
+
+
+def assert_same_training(output_dir: Path, reference: Path, result: subprocess.CompletedProcess) -> None:
+    lines, expected = metrics(output_dir), metrics(reference)
+    assert len(lines) == len(expected) == 20 + 2 + 2
+    for line, other in zip(lines, expected, strict=True):
+        assert line.keys() == other.keys()
+        for key in line.keys() & SAME:
+            assert line[key] == pytest.approx(other[key], rel=1e-6), (key, line, other)
+    weights = load_file(output_dir / "model.safetensors")
+    assert relative_distance(weights, load_file(reference / "model.safetensors")) < 1e-6
+    assert samples(result) == (reference / "samples.txt").read_text()
+    assert os.readlink(output_dir / "checkpoint-best") == "checkpoint-000010"
+    from_checkpoint = AutoModelForCausalLM.from_pretrained(output_dir / "checkpoint-best").state_dict()
+    from_reference = AutoModelForCausalLM.from_pretrained(reference / "checkpoint-best").state_dict()
+    assert relative_distance(from_checkpoint, from_reference) < 1e-6
+
+
+def test_hellaswag_in_the_loop_is_what_its_script_says_of_the_model(flags, reference):
+    model, tokenizer = load_model(str(reference))
+    items = load_items(flags[flags.index("--hellaswag_file") + 1])
+    scores = score_items(model, encode_items(model.config, tokenizer, items, "completion"), batch_size=3)
+    summary = summarise(scores, "completion")
+    last = [line for line in metrics(reference) if "hellaswag_n" in line][-1]
+    assert {key: last[f"hellaswag_{key}"] for key in ("n", "acc", "acc_norm")} == {
+        key: summary[key] for key in ("n", "acc", "acc_norm")
+    }
+    assert (reference / "plots/hellaswag.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_two_processes_that_accumulate(flags, reference, tmp_path):
+    arguments = (*flags, "--per_device_train_batch_size", 2, "--output_dir", tmp_path / "run")
+    result = succeed(launch(2, "train_accelerate.py", *arguments))
+    assert "2 processes" in result.stdout
+    assert_same_training(tmp_path / "run", reference, result)
+
+
+def test_two_processes_with_a_compiled_model_and_checkpointed_activations(flags, reference, tmp_path):
+    arguments = (*flags, "--per_device_train_batch_size", 8, "--torch_compile", "--gradient_checkpointing")
+    result = succeed(
+        launch(2, "train_accelerate.py", *arguments, "--output_dir", tmp_path / "run", TORCH_LOGS="output_code")
+    )
+    assert "output_code" in result.stderr  # it was compiled
+    assert_same_training(tmp_path / "run", reference, result)
+
+
+def test_shards_on_two_processes_and_then_on_four(flags, reference, tmp_path):
+    two, four = tmp_path / "two", tmp_path / "four"
+    result = succeed(launch_sharded(tmp_path, 2, *flags, "--per_device_train_batch_size", 8, "--output_dir", two))
+    assert_same_training(two, reference, result)
+
+    shutil.copytree(two, four, symlinks=True)
+    (four / "model.safetensors").unlink()  # as if it had ended in the middle
+    result = succeed(launch_sharded(tmp_path, 4, *flags, "--per_device_train_batch_size", 4, "--output_dir", four))
+    assert "continuing from" in result.stdout
+    assert_same_training(four, reference, result)
+
+    (two / "model.safetensors").unlink()  # and one process goes on from what two wrote
+    arguments = (*flags, "--per_device_train_batch_size", 16, "--output_dir", two)
+    assert_same_training(two, reference, succeed(script("train_accelerate.py", *arguments)))
+
+
+def test_muon_on_shards_is_muon(flags, tmp_path):
+    """Only roughly: torch's Muon orthogonalises in bf16, where a gradient's last bit can change the third digit."""
+    flags = (*flags, "--optim", "muon", "--learning_rate", 3e-3, "--max_steps", 11)
+    whole, sharded = tmp_path / "whole", tmp_path / "sharded"
+    succeed(script("train_accelerate.py", *flags, "--per_device_train_batch_size", 16, "--output_dir", whole))
+    sharded_flags = (*flags, "--per_device_train_batch_size", 8, "--output_dir", sharded)
+    succeed(launch_sharded(tmp_path, 2, *sharded_flags))
+    first = load_file(sharded / "model.safetensors")
+    assert relative_distance(first, load_file(whole / "model.safetensors")) < 5e-3
+    (sharded / "model.safetensors").unlink()
+    assert "continuing from" in succeed(launch_sharded(tmp_path, 2, *sharded_flags)).stdout
+    again = load_file(sharded / "model.safetensors")
+    assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_two_machines_of_which_one_writes(flags, reference, tmp_path):
+    """Each has a folder of its own, as without a shared file system. The second try continues the first."""
+    config = yaml.safe_load((REPOSITORY / "configs/multi-node.yaml").read_text())
+    config |= {"num_processes": 2, "use_cpu": True, "mixed_precision": "no"}
+    (tmp_path / "nodes.yaml").write_text(yaml.safe_dump(config))
+
+    def launch_node(rank: int, port: int) -> subprocess.CompletedProcess:
+        (tmp_path / f"node-{rank}").mkdir(exist_ok=True)
+        place = ("--machine_rank", rank, "--main_process_ip", "127.0.0.1", "--main_process_port", port)
+        arguments = (*flags, "--per_device_train_batch_size", 8, "--output_dir", "run")
+        program = (ACCELERATE, "launch", "--config_file", tmp_path / "nodes.yaml", *place)
+        return succeed(run(*program, REPOSITORY / "train_accelerate.py", *arguments, cwd=tmp_path / f"node-{rank}"))
+
+    def launch_both() -> subprocess.CompletedProcess:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        with ThreadPoolExecutor(2) as nodes:
+            results = list(nodes.map(launch_node, (0, 1), (port, port)))
+        assert all("training:" in result.stderr for result in results)  # a bar for each machine
+        return results[0]
+
+    result = launch_both()
+    assert_same_training(tmp_path / "node-0/run", reference, result)
+    assert list((tmp_path / "node-1").iterdir()) == []
+    (tmp_path / "node-0/run/model.safetensors").unlink()
+    result = launch_both()
+    assert "continuing from" in result.stdout
+    assert_same_training(tmp_path / "node-0/run", reference, result)
+
+
+@pytest.mark.parametrize("name", WORLD_SIZES)
+def test_processes_that_do_not_find_each_other_are_an_error(name, monkeypatch):
+    for other in WORLD_SIZES:
+        monkeypatch.delenv(other, raising=False)
+    check_launch(1)
+    monkeypatch.setenv(name, "4")
+    check_launch(4)
+    with pytest.raises(UserError, match=f"one of 4 processes \\({name}\\), but found 1"):
+        check_launch(1)
+
+
+def test_sharding_that_cannot_be_is_an_error(flags, tmp_path, refuse, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    errors = refuse(train_accelerate, *flags, "--per_device_train_batch_size", 16, "--output_dir", tmp_path / "run")
+    assert errors == [
+        "train_accelerate.py: error: the launch config asks for FSDP, which needs several processes with a GPU each"
+    ]
+    assert not (tmp_path / "run").exists()
+
+
+def uneven_batches(num_steps: int) -> list[dict]:
+    """Rows with labels missing from the front of some, and one without any: no two parts have as many."""
+    generator = torch.Generator().manual_seed(3)
+    batches = []
+    for _ in range(num_steps):
+        input_ids = torch.randint(1, 101, (12, 24), generator=generator)
+        labels = input_ids.clone()
+        for row, length in zip(labels, torch.randint(0, 25, (12,), generator=generator), strict=True):
+            row[:length] = -100
+        labels[5] = -100
+        batches.append({"input_ids": input_ids, "labels": labels})
+    return batches
+
+
+UNEVEN = """
+import json
+from accelerate import PartialState
+from safetensors.torch import save_file
+from test_scale import uneven_batches
+from tiny_models import tiny_model
+from pretraining.launch import open_accelerator
+from pretraining.optim import build_optimizers
+from train_accelerate import train_step
+
+accelerator = open_accelerator(PartialState(cpu=True), gradient_accumulation_steps=3, torch_compile=False)
+model = tiny_model(qkv_bias=False).train()
+model, *optimizers = accelerator.prepare(model, *build_optimizers(model, "adamw", 6e-4, 0.1, accelerator.device))
+losses = []
+for batch in uneven_batches(20):
+    parts = [{name: batch[name][start : start + 2] for name in batch} for start in range(0, 12, 2)]
+    loss, _ = train_step(model, optimizers, parts[accelerator.process_index :: 2], accelerator, max_grad_norm=1.0)
+    losses.append(accelerator.reduce(loss, "sum").item())
+if accelerator.is_main_process:
+    save_file(dict(accelerator.unwrap_model(model).named_parameters()), "weights.safetensors")
+    json.dump(losses, open("losses.json", "w"))
+accelerator.free_memory()
+accelerator.end_training()
+"""
+
+
+def test_labels_that_are_missing_here_and_there_weigh_the_same_everywhere(tmp_path):
+    """Two processes with three micro-batches each, against torch alone with one mean over all labels of a batch."""
+    (tmp_path / "program.py").write_text(UNEVEN)
+    config = REPOSITORY / "configs/cpu.yaml"
+    command = (ACCELERATE, "launch", "--config_file", config, "--num_processes", 2, "--mixed_precision", "no")
+    succeed(run(*command, "program.py", cwd=tmp_path, PYTHONPATH=":".join(sys.path)))
+
+    model = tiny_model(qkv_bias=False).train()
+    matrices = [parameter for parameter in model.parameters() if parameter.ndim == 2]
+    vectors = [parameter for parameter in model.parameters() if parameter.ndim == 1]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=6e-4, betas=(0.9, 0.95))
+    losses = []
+    for batch in uneven_batches(20):
+        logits = model(batch["input_ids"]).logits[:, :-1]
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert json.loads((tmp_path / "losses.json").read_text()) == pytest.approx(losses, rel=1e-6)
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    assert relative_distance(load_file(tmp_path / "weights.safetensors"), weights) < 1e-6
