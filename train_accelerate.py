@@ -312,6 +312,7 @@ def train_step(
 
     Args:
         micro_batches: the model's arguments `input_ids`, `labels` and whatever else.
+        max_grad_norm: 0 does not clip.
 
     Returns:
         This process's share of the loss, in nats per token (the sum over the processes is the step's loss), and the
@@ -326,7 +327,7 @@ def train_step(
             accelerator.backward(loss * scale)
             total_loss += loss.detach()
             if accelerator.sync_gradients:
-                grad_norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm)
+                grad_norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm or math.inf)
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()

@@ -38,6 +38,7 @@ from pretraining.arguments import UserError
 from pretraining.files import INCOMPLETE, sha256_of, write_text
 
 BEST = "checkpoint-best"
+FILES = ("model.safetensors", "optimizer.pt", "rng.pt", "position.json")
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
@@ -154,7 +155,7 @@ def verify(folder: Path) -> list[str]:
         files = json.loads(manifest.read_text(encoding="utf-8"))["files"]
     except (ValueError, KeyError, TypeError):
         return [f"{manifest} is damaged"]
-    problems = []
+    problems = [f"{folder} has no {name}: another version wrote it" for name in FILES if name not in files]
     for name, expected in files.items():
         path = folder / name
         if not path.is_file():
@@ -197,9 +198,10 @@ def best_checkpoint(output_dir: Path) -> tuple[Path, float] | None:
     """The checkpoint with the lowest evaluation loss, and that loss; None if none was evaluated."""
     scored = []
     for folder in complete_checkpoints(output_dir):
-        eval_loss = json.loads((folder / "position.json").read_text(encoding="utf-8")).get("eval_loss")
-        if eval_loss is not None:
-            scored.append((eval_loss, folder))
+        with contextlib.suppress(OSError, ValueError):  # a damaged one is not the best
+            eval_loss = json.loads((folder / "position.json").read_text(encoding="utf-8"))["eval_loss"]
+            if eval_loss is not None:
+                scored.append((eval_loss, folder))
     if not scored:
         return None
     eval_loss, folder = min(scored)

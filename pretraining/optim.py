@@ -15,10 +15,12 @@ def build_optimizers(
     """
     The optimizers of a run, to be stepped together.
 
-    `adamw`: AdamW for everything (GPT-3 paper, appendix B: betas 0.9 and 0.95, decay 0.1).
-    `muon`: Muon for the blocks' weight matrices (Jordan et al. 2024), AdamW for embeddings, head, norms and biases.
-    Muon's updates are scaled to the root mean square of AdamW's (Liu et al. 2025, "Muon is Scalable for LLM
-    Training", section 2.2), so that one learning rate and one weight decay serve both.
+    `adamw`: AdamW for everything, fused. Betas 0.9 and 0.95, epsilon 1e-8, decay 0.1 (GPT-3 paper, appendix B); the
+    training script's default learning rate, 6e-4, is that of GPT-3 Small (table 2.1), larger models take less.
+    `muon`: Muon for the blocks' weight matrices, with Nesterov momentum 0.95 and five Newton-Schulz steps (Jordan et
+    al. 2024, torch's defaults), AdamW as above for embeddings, head, norms and biases. Muon's updates are scaled to
+    the root mean square of AdamW's (Liu et al. 2025, "Muon is Scalable for LLM Training", section 2.2), so that one
+    learning rate and one weight decay serve both.
 
     Only matrices decay; norms and biases do not. Each group keeps its peak learning rate as `initial_lr`.
     """

@@ -1,11 +1,15 @@
 """The plots of a run, drawn from its metrics.jsonl."""
 
+import math
 import os
 from pathlib import Path
 
 from pretraining.files import INCOMPLETE
 from pretraining.published import HELLASWAG_ACC_NORM
 from pretraining.runlog import read_metrics
+
+SETTLED = 0.05  # part of the tokens seen after which a loss has to be in the picture
+LABEL_HEIGHT = 0.04  # of a reference line's name, as a part of the plot's height
 
 
 def plot_loss(output_dir: Path, reference_losses: dict[str, float]) -> Path:
@@ -23,8 +27,14 @@ def plot_loss(output_dir: Path, reference_losses: dict[str, float]) -> Path:
         axes.plot(*zip(*training, strict=True), color="tab:blue", alpha=0.5, linewidth=1, label="training")
     if evaluation:
         axes.plot(*zip(*evaluation, strict=True), color="tab:orange", marker="o", markersize=4, label="validation")
-    _reference_lines(axes, reference_losses)
     axes.set_ylabel("loss (nats per token)")
+    # The fall of the first steps would take most of the plot, and what comes after it is worth looking at.
+    points = training + evaluation
+    settled = [loss for tokens, loss in points if tokens >= SETTLED * points[-1][0] and math.isfinite(loss)]
+    references = {name: loss for name, loss in reference_losses.items() if loss < max(settled)}
+    margin = 0.03 * (max(settled) - min(settled)) + 0.02
+    axes.set_ylim(min([*settled, *references.values()]) - margin, max(settled) + margin)
+    _reference_lines(axes, references)
     return _save(figure, axes, output_dir / "plots" / "loss.png")
 
 
@@ -36,8 +46,7 @@ def plot_hellaswag(output_dir: Path) -> Path:
     for key, color, label in (("acc_norm", "tab:orange", "acc_norm"), ("acc", "tab:blue", "acc")):
         values = [100 * line[f"hellaswag_{key}"] for line in lines]
         axes.plot(tokens, values, color=color, marker="o", markersize=4, label=label)
-    axes.axhline(25, color="black", linewidth=0.8, label="chance")
-    _reference_lines(axes, HELLASWAG_ACC_NORM)
+    _reference_lines(axes, {"chance": 25.0} | HELLASWAG_ACC_NORM)
     axes.set_ylabel(f"HellaSwag, % of {lines[-1]['hellaswag_n']:,} items")
     return _save(figure, axes, output_dir / "plots" / "hellaswag.png")
 
@@ -52,19 +61,14 @@ def _new_figure():
 
 
 def _reference_lines(axes, values: dict[str, float]) -> None:
-    """Dashed lines, each with its name at the right end."""
-    for name, value in values.items():
+    """Dashed lines, each with its name on the right, where names of close lines make room for each other."""
+    for value in values.values():
         axes.axhline(value, color="tab:gray", linestyle="--", linewidth=0.8)
-        axes.annotate(
-            f"{name} {value:.2f}",
-            xy=(1, value),
-            xycoords=("axes fraction", "data"),
-            xytext=(-4, 2),
-            textcoords="offset points",
-            ha="right",
-            fontsize=8,
-            color="dimgray",
-        )
+    bottom, top = axes.get_ylim()
+    height = -math.inf  # as a part of the plot's
+    for name, value in sorted(values.items(), key=lambda item: item[1]):
+        height = max((value - bottom) / (top - bottom), height + LABEL_HEIGHT)
+        axes.text(1.01, height, f"{name} {value:.2f}", transform=axes.transAxes, va="center", fontsize=8, color="0.3")
 
 
 def _save(figure, axes, path: Path) -> Path:

@@ -18,7 +18,7 @@ NOT_NEGATIVE = "learning_rate weight_decay max_grad_norm warmup_steps seed datal
 NEUTRAL = """output_dir data_dir dataset_name dataset_config_name dataset_revision text_column train_file
     validation_file validation_split_percentage mixture tokenizer_name
     per_device_train_batch_size gradient_accumulation_steps tokens_per_step
-    dataloader_num_workers torch_compile logging_steps eval_steps eval_iters hellaswag_steps hellaswag_file
+    gradient_checkpointing torch_compile dataloader_num_workers logging_steps eval_steps eval_iters hellaswag_steps hellaswag_file
     sample_steps sample_prompts save_steps save_total_limit resume_from_checkpoint report_to"""
 
 
@@ -59,7 +59,7 @@ class TrainArguments:
     warmup_steps: int = flag(0, "steps of linear warm-up to the peak")
     optim: Literal["adamw", "muon"] = flag("adamw", "the optimizer")
     weight_decay: float = flag(0.1, "decoupled weight decay, of matrices only")
-    max_grad_norm: float = flag(1.0, "the norm that gradients are clipped to")
+    max_grad_norm: float = flag(1.0, "the norm that gradients are clipped to; 0 does not clip")
     seed: int = flag(42, "of the initial weights, the order of the rows and dropout")
     attn_implementation: Literal["eager", "sdpa", "flex_attention", "flash_attention_2"] = flag("sdpa", "attention")
     gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass, to save memory")

@@ -20,6 +20,7 @@ def tiny_model(**changes) -> GPT2ScratchForCausalLM:
         ("cosine", {}),
         ("cosine_with_min_lr", {"min_lr_rate": 0.1}),
         ("linear", {}),
+        ("constant", {}),
         ("constant_with_warmup", {}),
         ("warmup_stable_decay", {"num_decay_steps": 18, "decay_type": "linear", "num_stable_steps": 72}),
     ],
