@@ -18,8 +18,9 @@ NOT_NEGATIVE = "learning_rate weight_decay max_grad_norm warmup_steps seed datal
 NEUTRAL = """output_dir data_dir dataset_name dataset_config_name dataset_revision text_column train_file
     validation_file validation_split_percentage mixture tokenizer_name
     per_device_train_batch_size gradient_accumulation_steps tokens_per_step
-    gradient_checkpointing torch_compile dataloader_num_workers logging_steps eval_steps eval_iters hellaswag_steps hellaswag_file
-    sample_steps sample_prompts save_steps save_total_limit resume_from_checkpoint report_to"""
+    gradient_checkpointing torch_compile dataloader_num_workers
+    logging_steps eval_steps eval_iters hellaswag_steps hellaswag_file sample_steps
+    sample_prompts save_steps save_total_limit resume_from_checkpoint report_to"""
 
 
 @dataclass
