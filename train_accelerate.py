@@ -107,8 +107,7 @@ def train(
     """Build the model, train it from the first step or from a checkpoint to the last, and write it."""
     set_seed(args.seed)
     model = build_model(config, args.model_name_or_path, args.attn_implementation, args.gradient_checkpointing)
-    *matrices, vectors = (sum(map(torch.numel, group)) for group in parameter_groups(model))
-    num_parameters = model.num_parameters()
+    groups = [sum(map(torch.numel, group)) for group in parameter_groups(model)]
     optimizers = build_optimizers(model, args.optim, args.learning_rate, args.weight_decay, accelerator.device)
     model, *optimizers = accelerator.prepare(model, *optimizers)
     set_seed(args.seed, device_specific=True)  # from here on each process has its own dropout
@@ -128,26 +127,41 @@ def train(
         data_name=data.name,
         data_fingerprint=data.fingerprint,
         data_binding=data.binding(split),
-        flops_per_token=hardware.flops_per_token(num_parameters, config.n_layer, config.n_embd, block_size),
+        flops_per_token=hardware.flops_per_token(sum(groups), config.n_layer, config.n_embd, block_size),
         peak_flops=peak_flops and peak_flops * num_processes,
     )
     stream_position = None
     if last_checkpoint:
         stream_position = run.resume(accelerator, last_checkpoint, model, optimizers)
         accelerator.print(f"continuing from {last_checkpoint}")
-    names, tokens = ", ".join(source["name"] for source in data.sources), args.max_steps * run.tokens_per_step
-    if data.statistics:
-        names = f"{tokens / data.statistics['tokens']:.2f} epochs of {names}"
-    accelerator.print(
-        f"{num_parameters:,} parameters: {sum(matrices):,} with weight decay, {vectors:,} without\n"
-        f"{args.max_steps:,} steps of {run.tokens_per_step:,} tokens, {tokens:,} in all: {names}\n"
-        f"{hardware.device_description(accelerator.device, num_processes)}, {accelerator.mixed_precision}"
-    )
+    accelerator.print(summary(args, accelerator, data, run.tokens_per_step, groups))
     batches = data.batches(split, args.seed, run.step, stream_position)
     with RunLog(accelerator, Path(args.output_dir), run.step, args.max_steps, args.trackers(), asdict(args)) as log:
         training = Training(args, run, accelerator, model, optimizers, batches, data, hellaswag, log)
         training.loop()
     finish(args, run, accelerator, model, data, training.samples)
+
+
+def summary(
+    args: TrainArguments, accelerator: Accelerator, data: TrainingData, tokens_per_step: int, groups: list[int]
+) -> str:
+    """
+    What is about to happen, in three lines.
+
+    Args:
+        groups: how many parameters `parameter_groups` has in each.
+    """
+    *decayed, rest = groups
+    tokens = args.max_steps * tokens_per_step
+    text = ", ".join(source["name"] for source in data.sources)
+    if data.statistics:
+        text = f"{tokens / data.statistics['tokens']:.2f} epochs of {text}"
+    device = hardware.device_description(accelerator.device, accelerator.num_processes)
+    return (
+        f"{sum(groups):,} parameters: {sum(decayed):,} with weight decay, {rest:,} without\n"
+        f"{args.max_steps:,} steps of {tokens_per_step:,} tokens, {tokens:,} in all: {text}\n"
+        f"{device}, {accelerator.mixed_precision}"
+    )
 
 
 @dataclass

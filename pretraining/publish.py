@@ -88,7 +88,10 @@ def export(
 
 
 def duration(hours: float) -> str:
-    return f"{hours * 60:.1f} minutes" if hours < 2 else f"{hours:.1f} hours"
+    """`42 seconds`, `3.4 minutes` or `17.2 hours`."""
+    if hours < 2:
+        return f"{hours * 60:.1f} minutes" if hours * 60 >= 2 else f"{hours * 3600:.0f} seconds"
+    return f"{hours:.1f} hours"
 
 
 def model_card(record: RunRecord, model: PreTrainedModel) -> ModelCard:

@@ -148,35 +148,54 @@ def test_muon_on_shards_is_muon(flags, tmp_path):
     assert all(torch.equal(first[name], again[name]) for name in first)
 
 
-def test_two_machines_of_which_one_writes(flags, reference, tmp_path):
-    """Each has a folder of its own, as without a shared file system. The second try continues the first."""
+@pytest.fixture(scope="module")
+def launch_node(flags, tmp_path_factory):
+    """With configs/multi-node.yaml as it is but for what makes it two machines with one CPU each."""
     config = yaml.safe_load((REPOSITORY / "configs/multi-node.yaml").read_text())
     config |= {"num_processes": 2, "use_cpu": True, "mixed_precision": "no"}
-    (tmp_path / "nodes.yaml").write_text(yaml.safe_dump(config))
+    path = tmp_path_factory.mktemp("nodes") / "nodes.yaml"
+    path.write_text(yaml.safe_dump(config))
 
-    def launch_node(rank: int, port: int) -> subprocess.CompletedProcess:
-        (tmp_path / f"node-{rank}").mkdir(exist_ok=True)
+    def call(rank: int, port: int, cwd: Path, *more: object) -> subprocess.CompletedProcess:
         place = ("--machine_rank", rank, "--main_process_ip", "127.0.0.1", "--main_process_port", port)
-        arguments = (*flags, "--per_device_train_batch_size", 8, "--output_dir", "run")
-        program = (ACCELERATE, "launch", "--config_file", tmp_path / "nodes.yaml", *place)
-        return succeed(run(*program, REPOSITORY / "train_accelerate.py", *arguments, cwd=tmp_path / f"node-{rank}"))
+        program = (ACCELERATE, "launch", "--config_file", path, *place, *more, REPOSITORY / "train_accelerate.py")
+        return run(*program, *flags, "--per_device_train_batch_size", 8, "--output_dir", "run", cwd=cwd)
+
+    return call
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def test_two_machines_of_which_one_writes(launch_node, reference, tmp_path):
+    """Each has a folder of its own, as without a shared file system. The second try continues the first."""
+    folders = tmp_path / "node-0", tmp_path / "node-1"
 
     def launch_both() -> subprocess.CompletedProcess:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         with ThreadPoolExecutor(2) as nodes:
-            results = list(nodes.map(launch_node, (0, 1), (port, port)))
-        assert all("training:" in result.stderr for result in results)  # a bar for each machine
+            results = list(nodes.map(launch_node, (0, 1), (port, port), folders))
+        assert all("training:" in succeed(result).stderr for result in results)  # a bar for each machine
         return results[0]
 
+    for folder in folders:
+        folder.mkdir()
     result = launch_both()
-    assert_same_training(tmp_path / "node-0/run", reference, result)
-    assert list((tmp_path / "node-1").iterdir()) == []
-    (tmp_path / "node-0/run/model.safetensors").unlink()
+    assert_same_training(folders[0] / "run", reference, result)
+    assert list(folders[1].iterdir()) == []
+    (folders[0] / "run/model.safetensors").unlink()
     result = launch_both()
     assert "continuing from" in result.stdout
-    assert_same_training(tmp_path / "node-0/run", reference, result)
+    assert_same_training(folders[0] / "run", reference, result)
+
+
+def test_a_machine_that_stays_alone_does_not_train(launch_node, tmp_path):
+    result = launch_node(0, free_port(), tmp_path, "--rdzv_conf", "timeout=1")
+    assert result.returncode != 0
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", WORLD_SIZES)
