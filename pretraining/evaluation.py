@@ -39,7 +39,7 @@ def evaluate(
     """
     num_rows = min(len(dataset), num_rows or len(dataset))
     rows_per_round = batch_size * accelerator.num_processes
-    total = torch.zeros(2, dtype=torch.float64)
+    total = torch.zeros(2, dtype=torch.float64, device=accelerator.device)  # read at the end only: to read is to wait
     model.eval()
     for start in range(0, num_rows, rows_per_round):
         # All processes take part in every round, with rows that count for nothing once there are no more: a sharded
@@ -50,9 +50,9 @@ def evaluate(
         inputs["labels"] = inputs["labels"].clone()
         inputs["labels"][max(0, num_rows - first) :] = -100
         loss_sum = model(**inputs, num_items_in_batch=1, use_cache=False, skip_logits=True).loss
-        total += torch.tensor([loss_sum.item(), num_targets(inputs["labels"]).item()])
+        total += torch.stack([loss_sum, num_targets(inputs["labels"])])
     model.train()
-    loss_sum, tokens = accelerator.reduce(total.to(accelerator.device), "sum").tolist()
+    loss_sum, tokens = accelerator.reduce(total, "sum").tolist()
     loss = loss_sum / tokens
     return {
         "eval_loss": loss,
