@@ -1,9 +1,14 @@
 """What only a GPU can show. Skipped where there is none."""
 
+import os
+import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
+from conftest import REPOSITORY, TINY, metrics, run, succeed
+from safetensors.torch import load_file
 from tiny_models import random_ids, randomise, tiny_model
 
 pytestmark = [
@@ -59,3 +64,27 @@ def test_flash_attention_keeps_documents_apart_in_every_row():
         model.set_attn_implementation("flash_attention_2")
         logits = model(ids, position_ids=positions).logits
     assert (logits - expected).norm() < 0.03 * expected.norm()
+
+
+@pytest.mark.parametrize("config", ["accelerate_config.yaml", "configs/fsdp2.yaml"])
+def test_the_loop_on_all_gpus_compiled_in_bf16_and_resumed(config, data_dir, tmp_path):
+    gpus = torch.cuda.device_count()
+    if "fsdp" in config and gpus < 2:
+        pytest.skip("needs two NVIDIA GPUs")
+    command = (Path(sys.executable).with_name("accelerate"), "launch", "--config_file", REPOSITORY / config)
+    flags = ("--data_dir", data_dir, "--config_overrides", TINY + ",resid_pdrop=0.1", "--torch_compile")
+    flags += ("--per_device_train_batch_size", 4, "--gradient_accumulation_steps", 2, "--max_steps", 12)
+    flags += ("--eval_steps", 6, "--save_steps", 6, "--output_dir", tmp_path / "run")
+    environment = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus))))}
+    result = succeed(run(*command, REPOSITORY / "train_accelerate.py", *flags, **environment))
+    assert "bf16" in result.stdout and torch.cuda.get_device_name() in result.stdout
+    first = load_file(tmp_path / "run/model.safetensors"), metrics(tmp_path / "run")[-1]["eval_loss"]
+    (tmp_path / "run/model.safetensors").unlink()  # as if it had ended after step 6
+    assert (
+        "continuing from" in succeed(run(*command, REPOSITORY / "train_accelerate.py", *flags, **environment)).stdout
+    )
+    assert metrics(tmp_path / "run")[-1]["eval_loss"] == pytest.approx(first[1], rel=1e-3)
+    second = load_file(tmp_path / "run/model.safetensors")
+    for name, weight in first[0].items():
+        if "k_proj.bias" not in name:
+            assert (weight - second[name]).norm() < 0.01 * weight.norm() + 1e-3, name
