@@ -31,7 +31,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import modeling_gpt2scratch  # noqa: F401  registers the model type
-from pretraining.arguments import UserError, flag, one_line, parse_arguments, run_script
+from pretraining.arguments import ProcessError, UserError, flag, one_line, parse_arguments, run_script
 from pretraining.files import write_text
 from pretraining.launch import check_launch
 
@@ -251,7 +251,7 @@ def loglikelihoods(model, rows: list[Row]) -> list[float]:
 def to_score(item: EncodedItem, sums: list[float]) -> dict:
     """An item's line of ITEMS.jsonl. Of equal endings the first one is predicted."""
     if not all(map(math.isfinite, sums)):
-        raise UserError(f"item {item.ind}: the model's log-likelihoods are {sums}, its weights are not usable")
+        raise ProcessError(f"item {item.ind}: the model's log-likelihoods are {sums}, its weights are not usable")
     means = [total / row.length for total, row in zip(sums, item.rows, strict=True)]
     pred, pred_norm = sums.index(max(sums)), means.index(max(means))
     return {"ind": item.ind, "label": item.label, "loglikelihoods": sums, "pred": pred, "pred_norm": pred_norm}

@@ -29,7 +29,7 @@ from transformers.utils.logging import disable_progress_bar
 from eval_hellaswag import EncodedItem, encode_items, load_hub_items, load_items, score_on_all_processes, summarise
 from pretraining import checkpoint, hardware, publish
 from pretraining.arguments import UserError, parse_arguments, run_script
-from pretraining.evaluation import evaluate, write_samples
+from pretraining.evaluation import encode_prompts, evaluate, write_samples
 from pretraining.inputs import model_inputs, num_targets
 from pretraining.launch import check_launch, is_sharded, on_every_process, on_main_process, open_accelerator
 from pretraining.models import build_model, check_fit, load_config
@@ -60,6 +60,7 @@ def main() -> None:
         args.model_name_or_path, args.config_name, args.config_overrides, len(tokenizer), tokenizer.eos_token_id
     )
     check_fit(config, len(tokenizer), data.block_size)
+    encode_prompts(tokenizer, args.sample_prompts, config.n_positions)  # now, not after the last step
     hellaswag = open_hellaswag(args, config, data) if args.hellaswag_steps else []
     accumulation = accumulation_steps(args, data.block_size, state.num_processes)
     last_checkpoint = on_main_process(
@@ -124,6 +125,9 @@ def train(
     run = Run(
         tokens_per_step=tokens_per_micro_step(args, block_size, num_processes)
         * accelerator.gradient_accumulation_steps,
+        max_steps=args.max_steps,
+        optim=args.optim,
+        num_parameters=sum(groups),
         data_name=data.name,
         data_fingerprint=data.fingerprint,
         data_binding=data.binding(split),
@@ -134,6 +138,9 @@ def train(
     if last_checkpoint:
         stream_position = run.resume(accelerator, last_checkpoint, model, optimizers)
         accelerator.print(f"continuing from {last_checkpoint}")
+        if accelerator.is_main_process:
+            for folder in checkpoint.set_aside_later(Path(args.output_dir), run.step):
+                print(f"set aside, being of what came after it before: {folder}")
     accelerator.print(summary(args, accelerator, data, run.tokens_per_step, groups))
     batches = data.batches(split, args.seed, run.step, stream_position)
     with RunLog(accelerator, Path(args.output_dir), run.step, args.max_steps, args.trackers(), asdict(args)) as log:
@@ -190,7 +197,9 @@ class Training:
     def __post_init__(self):
         self.output_dir = Path(self.args.output_dir)
         self.document_token_id = self.data.tokenizer.eos_token_id if self.args.document_attention else None
-        self.measure_at = self.run.step + STEPS_TO_MEASURE
+        self.first_step = self.run.step
+        self.is_measured = False
+        self.is_finite = torch.ones((), dtype=torch.bool, device=self.accelerator.device)
 
     def loop(self) -> None:
         """Train from `run.step` to the last step."""
@@ -203,10 +212,14 @@ class Training:
                 self.model, self.optimizers, self.next_micro_batches(), self.accelerator, args.max_grad_norm
             )
             run.step += 1
+            if self.accelerator.scaler is None:  # fp16's leaves out steps whose gradients overflow
+                self.is_finite &= torch.isfinite(grad_norm)
             is_last = run.step == args.max_steps
             self.log.progress(run.step)
             if is_last or run.step == 1 or self.is_due(args.logging_steps):
                 self.write_metrics(loss, learning_rate, grad_norm)
+            elif run.step == self.first_step + 1:
+                run.restart_interval()  # to compile, or to warm up, is not training speed
             if is_last or self.is_due(args.eval_steps):
                 self.evaluate()
             if self.hellaswag and (is_last or self.is_due(args.hellaswag_steps)):
@@ -233,17 +246,25 @@ class Training:
         }
         if not math.isfinite(values["loss"]):
             raise UserError(f"the loss of step {run.step} is {values['loss']}: a lower --learning_rate may help")
+        self.check_gradients()
         self.log.metrics(run, values)
         shown = {"loss": f"{values['loss']:.3f}", "tokens/s": f"{values['tokens_per_second']:,.0f}"}
         self.log.progress(run.step, **shown, **({"MFU": f"{values['mfu']:.1%}"} if "mfu" in values else {}))
         if run.step == 1 and not self.args.model_name_or_path:
             self.warn_of_a_strange_start(values["loss"])
-        if self.measure_at is not None and run.step >= self.measure_at:
+        if not self.is_measured and self.first_step + STEPS_TO_MEASURE <= run.step < self.args.max_steps:
             hours = (self.args.max_steps - run.step) * values["step_seconds"] / 3600
             self.log.write(
                 f"{shown['tokens/s']} tokens/s: about {publish.duration(hours)} to go, evaluations not counted"
             )
-            self.measure_at = None
+            self.is_measured = True
+
+    def check_gradients(self) -> None:
+        """Before anything is made of the weights; not at each step, as to read from the device is to wait for it."""
+        if not self.is_finite.item():
+            raise UserError(
+                f"the gradients of a step up to {self.run.step} were not finite: a lower --learning_rate may help"
+            )
 
     def warn_of_a_strange_start(self, loss: float) -> None:
         """A model that knows nothing gives every token the same chance; its loss is ln(vocabulary), and a bit."""
@@ -258,7 +279,12 @@ class Training:
         args, run, validation = self.args, self.run, self.data.validation
         num_rows = args.eval_iters and args.eval_iters * run.tokens_per_step // self.data.block_size
         batch_size = args.per_device_train_batch_size
+        self.check_gradients()
         values = evaluate(self.model, validation, self.accelerator, batch_size, num_rows, self.document_token_id)
+        if not math.isfinite(values["eval_loss"]):
+            raise UserError(
+                f"the evaluation loss after step {run.step} is {values['eval_loss']}: a lower --learning_rate may help"
+            )
         run.evaluated = run.step, values["eval_loss"]
         self.log.metrics(run, values)
         self.log.write(f"step {run.step}: " + ", ".join(f"{key} {value:.4f}" for key, value in values.items()))
@@ -266,7 +292,8 @@ class Training:
             nats = math.log(2) * validation.bytes_per_token
             references = {name: rate * nats for name, rate in validation.compression_rates.items()}
             names = [source["name"] for source in self.data.sources]
-            plot_loss(self.output_dir, references | comparable_losses(names, self.data.tokenizer))
+            references |= comparable_losses(names, self.data.tokenizer)
+            self.log.attempt("plots/loss.png", lambda: plot_loss(self.output_dir, references))
         run.restart_interval()
 
     def score_hellaswag(self) -> None:
@@ -280,7 +307,7 @@ class Training:
             f"acc_norm {values['hellaswag_acc_norm']:.4f} of {values['hellaswag_n']:,} items"
         )
         if self.accelerator.is_main_process:
-            plot_hellaswag(self.output_dir)
+            self.log.attempt("plots/hellaswag.png", lambda: plot_hellaswag(self.output_dir))
         self.run.restart_interval()
 
     def write_samples(self) -> None:
@@ -293,6 +320,7 @@ class Training:
         self.run.restart_interval()
 
     def save_checkpoint(self) -> None:
+        self.check_gradients()
         stream_position = self.batches.position() if self.args.streaming else None
         checkpoint.save_checkpoint(
             self.accelerator,

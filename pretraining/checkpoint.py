@@ -14,6 +14,7 @@ model was wrapped or sharded, and of several machines only the first one needs t
 
 import contextlib
 import json
+import math
 import os
 import re
 import shutil
@@ -38,6 +39,7 @@ from pretraining.arguments import UserError
 from pretraining.files import INCOMPLETE, sha256_of, write_text
 
 BEST = "checkpoint-best"
+ABANDONED = ".abandoned"
 FILES = ("model.safetensors", "optimizer.pt", "rng.pt", "position.json")
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
@@ -138,10 +140,13 @@ def load_checkpoint(
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=accelerator.num_processes > 1)
     set_model_state_dict(model, weights, options=options)
     set_optimizer_state_dict(model, _unwrapped(optimizers), optimizer_state["optimizers"], options=options)
-    if accelerator.scaler is not None:
-        accelerator.scaler.load_state_dict(broadcast_object_list([optimizer_state.get("scaler")])[0])
-    if len(generators) == accelerator.num_processes:  # with another number, each keeps the one it has from the seed
+    scaler_state = broadcast_object_list([optimizer_state.get("scaler")])[0]
+    if accelerator.scaler is not None and scaler_state:
+        accelerator.scaler.load_state_dict(scaler_state)
+    if len(generators) == accelerator.num_processes:
         _restore_generators(generators[accelerator.process_index], accelerator.device)
+    else:  # not the first step's dropout once more
+        torch.manual_seed(torch.initial_seed() + position["step"])
     streams = position.pop("streams")
     return {**position, "stream": streams[accelerator.process_index % len(streams)]}
 
@@ -194,13 +199,29 @@ def checkpoint_to_resume(output_dir: Path, resume_from_checkpoint: str) -> Path 
     return checkpoints[-1] if checkpoints else None
 
 
+def set_aside_later(output_dir: Path, step: int) -> list[Path]:
+    """
+    Rename checkpoints of more than `step` steps, where a run goes on from an earlier one: they would be taken for its
+    own. Returns them under their new names.
+    """
+    aside = []
+    for folder in complete_checkpoints(output_dir):
+        if int(folder.name.removeprefix("checkpoint-")) > step:
+            aside.append(folder.with_name(folder.name + ABANDONED))
+            shutil.rmtree(aside[-1], ignore_errors=True)
+            os.replace(folder, aside[-1])
+    if aside:
+        _mark_best(output_dir)
+    return aside
+
+
 def best_checkpoint(output_dir: Path) -> tuple[Path, float] | None:
     """The checkpoint with the lowest evaluation loss, and that loss; None if none was evaluated."""
     scored = []
     for folder in complete_checkpoints(output_dir):
-        with contextlib.suppress(OSError, ValueError):  # a damaged one is not the best
+        with contextlib.suppress(OSError, ValueError, KeyError):  # a damaged one is not the best
             eval_loss = json.loads((folder / "position.json").read_text(encoding="utf-8"))["eval_loss"]
-            if eval_loss is not None:
+            if eval_loss is not None and math.isfinite(eval_loss):
                 scored.append((eval_loss, folder))
     if not scored:
         return None
@@ -213,11 +234,13 @@ def _mark_best(output_dir: Path) -> Path | None:
     best = best_checkpoint(output_dir)
     if best is None:
         return None
-    link = output_dir / (BEST + INCOMPLETE)
+    final, link = output_dir / BEST, output_dir / (BEST + INCOMPLETE)
+    if final.is_dir() and not final.is_symlink():  # as some ways to copy a run leave it
+        shutil.rmtree(final)
     with contextlib.suppress(OSError):  # a file system without links: it is kept all the same
         link.unlink(missing_ok=True)
         link.symlink_to(best[0].name)
-        os.replace(link, output_dir / BEST)
+        os.replace(link, final)
     return best[0]
 
 

@@ -1,12 +1,14 @@
 """What a model is worth while it trains: the loss on the validation rows, and what it writes."""
 
 import math
+import textwrap
 
 import torch
 from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pretraining.arguments import UserError
 from pretraining.data import PackedDataset
 from pretraining.inputs import model_inputs, num_targets
 
@@ -61,6 +63,25 @@ def evaluate(
     }
 
 
+def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: list[str], n_positions: int) -> list[list[int]]:
+    """
+    Token ids of prompts, each as the beginning of a document.
+
+    Raises:
+        UserError: for those that leave no room for a sample.
+    """
+    encoded = [[tokenizer.eos_token_id, *tokenizer(text, add_special_tokens=False)["input_ids"]] for text in prompts]
+    problems = [
+        f"--sample_prompts: {textwrap.shorten(text, 40)!r} is {len(ids)} tokens with the one that begins a document, "
+        f"which leaves no room for a sample in the model's {n_positions} positions"
+        for text, ids in zip(prompts, encoded, strict=True)
+        if len(ids) >= n_positions
+    ]
+    if problems:
+        raise UserError(*problems)
+    return encoded
+
+
 def write_samples(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], seed: int, is_sharded: bool
 ) -> list[str]:
@@ -77,8 +98,7 @@ def write_samples(
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
-        for prompt in prompts:
-            ids = [tokenizer.eos_token_id, *tokenizer(prompt, add_special_tokens=False)["input_ids"]]
+        for ids in encode_prompts(tokenizer, prompts, model.config.n_positions):
             input_ids = torch.tensor([ids], device=model.device)
             output = model.generate(
                 input_ids,

@@ -60,14 +60,17 @@ def open_accelerator(state: PartialState, gradient_accumulation_steps: int, torc
     accelerator = Accelerator(
         cpu=state.device.type == "cpu",
         # Accelerate would end an accumulation early at the end of a data loader; the rows here have no end.
+        # Gradients that are only exchanged after the last micro-batch would be held whole where they are sharded.
         gradient_accumulation_plugin=GradientAccumulationPlugin(
-            num_steps=gradient_accumulation_steps, sync_with_dataloader=False
+            num_steps=gradient_accumulation_steps, sync_with_dataloader=False, sync_each_batch=wants_fsdp
         ),
         fsdp_plugin=_fsdp_plugin() if wants_fsdp else None,
         dynamo_plugin=TorchDynamoPlugin(backend="inductor") if torch_compile else None,
     )
     if wants_fsdp and accelerator.distributed_type != DistributedType.FSDP:
         raise UserError("the launch config asks for FSDP, which needs several processes with a GPU each")
+    if wants_fsdp and not accelerator.is_fsdp2:
+        raise UserError("the launch config asks for the first FSDP: fsdp_version: 2, as in configs/fsdp2.yaml")
     return accelerator
 
 

@@ -30,10 +30,11 @@ def plot_loss(output_dir: Path, reference_losses: dict[str, float]) -> Path:
     axes.set_ylabel("loss (nats per token)")
     # The fall of the first steps would take most of the plot, and what comes after it is worth looking at.
     points = training + evaluation
-    settled = [loss for tokens, loss in points if tokens >= SETTLED * points[-1][0] and math.isfinite(loss)]
-    references = {name: loss for name, loss in reference_losses.items() if loss < max(settled)}
-    margin = 0.03 * (max(settled) - min(settled)) + 0.02
-    axes.set_ylim(min([*settled, *references.values()]) - margin, max(settled) + margin)
+    settled = [loss for tokens, loss in points if tokens >= SETTLED * points[-1][0]]
+    highest = max(settled)
+    references = {name: loss for name, loss in reference_losses.items() if loss < highest}
+    margin = 0.03 * (highest - min(settled)) + 0.02
+    axes.set_ylim(min([*settled, *references.values()]) - margin, highest + margin)
     _reference_lines(axes, references)
     return _save(figure, axes, output_dir / "plots" / "loss.png")
 

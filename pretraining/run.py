@@ -24,6 +24,8 @@ class Run:
 
     Attributes:
         tokens_per_step: of all processes together.
+        max_steps, optim: the flags.
+        num_parameters: of the model.
         data_name, data_fingerprint, data_binding: see `sources.TrainingData`.
         step: optimizer steps done.
         elapsed_before: seconds that earlier starts of the program took.
@@ -33,6 +35,9 @@ class Run:
     """
 
     tokens_per_step: int
+    max_steps: int
+    optim: str
+    num_parameters: int
     data_name: str
     data_fingerprint: str
     data_binding: dict[str, int]
@@ -78,6 +83,8 @@ class Run:
             "step": self.step,
             "eval_loss": eval_loss if step == self.step else None,
             "tokens_per_step": self.tokens_per_step,
+            "optim": self.optim,
+            "num_parameters": self.num_parameters,
             "data_name": self.data_name,
             "data_fingerprint": self.data_fingerprint,
             "data_binding": self.data_binding,
@@ -100,6 +107,11 @@ class Run:
     def _refuse(self, position: dict) -> list[str]:
         name, tokens = f"the checkpoint of step {position['step']}", position["tokens_per_step"]
         problems = []
+        if position["step"] >= self.max_steps:
+            problems.append(f"{name} has --max_steps {self.max_steps} behind it: nothing is left to train")
+        for key, what in (("optim", "--optim {}"), ("num_parameters", "a model of {:,} parameters")):
+            if position[key] != getattr(self, key):
+                problems.append(f"{name} is of {what.format(position[key])}, not {what.format(getattr(self, key))}")
         if position["data_fingerprint"] != self.data_fingerprint:
             before, now = position.get("data_name", "other data"), self.data_name
             problems.append(f"{name} was trained on other data: on {before}, now it would be {now}")

@@ -53,7 +53,7 @@ class RunLog:
                 key: value if isinstance(value, int | float) else str(value) for key, value in settings.items()
             }
             for name in report_to:
-                self._attempt(name, lambda name=name: self._open(name, output_dir, first_step, settings))
+                self.attempt(name, lambda name=name: self._open(name, output_dir, first_step, settings))
         bar_is_here = accelerator.is_local_main_process
         self.bar = tqdm(total=max_steps, initial=first_step, desc="training", unit="step", disable=not bar_is_here)
 
@@ -63,7 +63,7 @@ class RunLog:
     def __exit__(self, *exception) -> None:
         self.bar.close()
         for name, tracker in list(self.trackers.items()):
-            self._attempt(name, tracker.finish)
+            self.attempt(name, tracker.finish)
 
     def metrics(self, run: Run, values: dict[str, float]) -> None:
         """Append a line to metrics.jsonl and send it to the trackers."""
@@ -73,7 +73,7 @@ class RunLog:
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(clock | values) + "\n")
         for name, tracker in list(self.trackers.items()):
-            self._attempt(name, lambda tracker=tracker: tracker.log(values, step=run.step))
+            self.attempt(name, lambda tracker=tracker: tracker.log(values, step=run.step))
 
     def progress(self, step: int, **postfix: str) -> None:
         self.bar.update(step - self.bar.n)
@@ -91,8 +91,8 @@ class RunLog:
         self.trackers[name] = tracker
         tracker.store_init_configuration(settings)
 
-    def _attempt(self, name: str, action: Callable[[], None]) -> None:
-        """A tracker that fails, for no network or a full disk, say, is done without: metrics.jsonl has it all."""
+    def attempt(self, name: str, action: Callable[[], object]) -> None:
+        """A tracker or plot that fails, for no network, say, is done without: metrics.jsonl has all that they show."""
         try:
             action()
         except Exception as error:

@@ -107,7 +107,9 @@ class TrainArguments:
         if self.hellaswag_file and not self.hellaswag_steps:
             found.append("--hellaswag_file is for --hellaswag_steps: give both")
         if self.hellaswag_file and not Path(self.hellaswag_file).is_file():
-            found.append(f"--hellaswag_file {self.hellaswag_file}: no such file")
+            found.append(f"--hellaswag_file {self.hellaswag_file} is not a file")
+        if "none" in self.report_to and self.trackers():
+            found.append(f"--report_to none leaves no place for {', '.join(self.trackers())}")
         for name in self.trackers():
             if find_spec(name) is None:
                 found.append(f"--report_to {name}: the package is not installed, pip install {name}")

@@ -181,9 +181,13 @@ def timeless(run_dir) -> list[dict]:
 @pytest.mark.parametrize(("num_processes", "num_workers"), [(1, 2), (2, 0)])
 def test_training_on_a_stream_resumes_bitwise(num_processes, num_workers, texts, tokenizer_dir, tmp_path):
     arguments = ("--gradient_accumulation_steps", 2, "--dataloader_num_workers", num_workers)
+    if num_processes > 1:  # far enough for each to be at another document
+        arguments += ("--per_device_train_batch_size", 128)
     flags = stream_flags(texts, tokenizer_dir, tmp_path / "run", *arguments)
     succeed(launch(num_processes, "train_accelerate.py", *flags))
     whole, log = load_file(tmp_path / "run/model.safetensors"), timeless(tmp_path / "run")
+    streams = json.loads((tmp_path / "run/checkpoint-000006/position.json").read_text())["streams"]
+    assert len(streams) == num_processes and (num_processes == 1 or streams[0] != streams[1])
     assert log[-2]["loss"] < log[0]["loss"] and "eval_bits_per_byte" in log[-1]
     assert "3 files, part-0.parquet to part-2.parquet" in (tmp_path / "run/README.md").read_text()
     (tmp_path / "run/model.safetensors").unlink()  # as if it had been killed before the end

@@ -9,11 +9,14 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
+from accelerate.tracking import GeneralTracker
 from conftest import REPOSITORY, TINY, make_documents, metrics, run, script, succeed, train
 from safetensors.torch import load_file
 from tiny_models import random_ids, tiny_stock_model
@@ -21,6 +24,7 @@ from transformers import AutoModelForCausalLM
 
 import modeling_gpt2scratch  # noqa: F401  registers the model type
 import train_accelerate
+from pretraining import runlog
 from pretraining.data import RowOrder, open_data_folder
 from pretraining.optim import learning_rate_factor
 
@@ -250,10 +254,11 @@ def test_one_batch_is_learnt_by_heart_and_the_best_checkpoint_outlives_later_one
         assert model(ids, labels=ids).loss.item() == pytest.approx(eval_losses[best], rel=1e-5)
 
 
-def test_the_start_is_summarised_a_strange_one_is_warned_of_and_a_failing_tracker_stops_nothing(data_dir, tmp_path):
+def test_the_start_is_summarised_a_strange_one_is_warned_of_and_what_fails_beside_it_stops_nothing(data_dir, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/training_args.yaml").write_text("{}\n")  # a run that came to nothing
-    (tmp_path / "run/tensorboard").write_text("where tensorboard wants a folder")
+    for name in ("tensorboard", "plots"):
+        (tmp_path / "run" / name).write_text("where a folder should be")
     arguments = ("--config_overrides", TINY + ",initializer_range=1.0", "--max_steps", 7, "--report_to", "tensorboard")
     result = succeed(train(data_dir, tmp_path / "run", *arguments))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
@@ -263,7 +268,8 @@ def test_the_start_is_summarised_a_strange_one_is_warned_of_and_a_failing_tracke
     assert "7 steps of 128 tokens, 896 in all" in result.stdout
     assert re.search(r"[\d,]+ tokens/s: about \d+ seconds to go", result.stdout)
     assert re.search(r"warning: the first loss is [\d.]+, but should be about ln\(vocabulary\) = 5.77", result.stdout)
-    assert "warning: tensorboard failed, the run goes on without it: " in result.stderr
+    for name in ("tensorboard", "plots/loss.png"):
+        assert f"warning: {name} failed, the run goes on without it: " in result.stderr
     assert [line["step"] for line in metrics(tmp_path / "run") if "loss" in line] == list(range(1, 8))
 
 
@@ -320,6 +326,67 @@ def test_a_killed_run_continues_to_the_same_weights_bit_for_bit(data_dir, tmp_pa
         for name in ("whole", "killed")
     ]
     assert timeless[0] == timeless[1]
+
+
+class FailingTracker(GeneralTracker):
+    """Works until the third line, as one whose network goes away."""
+
+    name, requires_logging_directory, tracker = "failing", False, None
+
+    def __init__(self):
+        super().__init__()
+        self.steps = []
+
+    def store_init_configuration(self, values: dict) -> None:
+        self.settings = values
+
+    def log(self, values: dict, step: int | None, **kwargs) -> None:
+        if len(self.steps) == 2:
+            raise ConnectionError("the network is gone")
+        self.steps.append(step)
+
+    def finish(self) -> None:
+        raise AssertionError("it was done without")
+
+
+def test_a_tracker_that_fails_on_the_way_is_done_without(tmp_path, monkeypatch, capsys):
+    tracker = FailingTracker()
+    monkeypatch.setitem(runlog.TRACKERS, "failing", lambda folder, step: tracker)
+    with runlog.RunLog(Accelerator(cpu=True), tmp_path, 0, 5, ["failing"], {"seed": 1, "prompts": [""]}) as log:
+        for step in range(1, 6):
+            log.metrics(SimpleNamespace(step=step, tokens=10 * step, elapsed_seconds=1.0), {"loss": 5.0 - step})
+    assert tracker.settings == {"seed": 1, "prompts": "['']"}
+    assert tracker.steps == [1, 2]
+    assert [line["step"] for line in metrics(tmp_path)] == [1, 2, 3, 4, 5]
+    assert "warning: failing failed, the run goes on without it: the network is gone" in capsys.readouterr().err
+
+
+def test_an_earlier_checkpoint_begins_a_branch_of_its_own(finished_run, tmp_path):
+    """What came after it before is set aside: it is not rotated against, not gone on from, and not the best."""
+    output_dir = tmp_path / "run"
+    shutil.copytree(finished_run[0], output_dir)  # follows the link to the best: that is a folder then
+    (output_dir / "model.safetensors").unlink()
+    flags = ("--config", output_dir / "training_args.yaml", "--output_dir", output_dir, "--eval_steps", 50)
+    flags += ("--resume_from_checkpoint", output_dir / "checkpoint-000100")
+    flags += ("--save_steps", 50, "--save_total_limit", 1)
+    result = succeed(script("train_accelerate.py", *flags, ACCELERATE_MIXED_PRECISION="bf16"))
+    assert "set aside, being of what came after it before: " in result.stdout
+    names = {path.name for path in output_dir.glob("checkpoint-*")}
+    assert names == {"checkpoint-000200.abandoned", "checkpoint-000250", "checkpoint-best"}
+    assert os.readlink(output_dir / "checkpoint-best") == "checkpoint-000250"
+    first, second = (load_file(folder / "model.safetensors") for folder in (finished_run[0], output_dir))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_checkpoint_of_another_run_is_refused(finished_run, data_dir, tmp_path, refuse):
+    flags = ("--resume_from_checkpoint", finished_run[0] / "checkpoint-000100", "--data_dir", data_dir)
+    flags += ("--output_dir", tmp_path / "run", "--tokens_per_step", 256, *SMALL_BATCH, "--max_steps", 100)
+    errors = refuse(train_accelerate, *flags, "--config_overrides", "n_layer=1,n_embd=32,n_head=2,n_positions=32")
+    assert [error.removeprefix("train_accelerate.py: error: ") for error in errors] == [
+        "the checkpoint of step 100 has --max_steps 100 behind it: nothing is left to train",
+        "the checkpoint of step 100 is of --optim muon, not --optim adamw",
+        "the checkpoint of step 100 is of a model of 36,736 parameters, not a model of 24,032 parameters",
+    ]
 
 
 def test_a_damaged_checkpoint_is_refused_by_name(finished_run, data_dir, tmp_path):
@@ -384,6 +451,12 @@ def test_a_checkpoint_of_another_global_batch_or_of_other_data_is_refused(finish
         (["--config_name", "{tmp}/125M"], ["use a preset: 124M, 350M, 774M, 1558M"]),
         (["--resume_from_checkpoint", "{tmp}/checkpoint-000001"], ["checkpoint-000001: no such folder"]),
         (["--output_dir", "{tmp}"], ["exists and is not a run folder"]),
+        (["--sample_prompts", "def " * 20], ["def def [...]' is 41 tokens with the one that begins a document"]),
+        (["--report_to", "none", "tensorboard"], ["--report_to none leaves no place for tensorboard"]),
+        (["--hellaswag_steps", "1", "--hellaswag_file", "{tmp}"], ["--hellaswag_file {tmp} is not a file"]),
+        (["--hellaswag_file", "{tmp}/recipe.yaml"], ["--hellaswag_file is for --hellaswag_steps: give both"]),
+        (["--hellaswag_steps", "1", "--hellaswag_file", "{tmp}/recipe.yaml"], ["line 1: not valid JSON"]),
+        (["--lr_scheduler_type", "constant", "--warmup_steps", "1"], ["constant has no warm-up"]),
     ],
 )
 def test_bad_input_is_named_in_one_line_each_and_writes_nothing(arguments, messages, data_dir, tmp_path, refuse):
@@ -409,6 +482,12 @@ def test_a_run_that_diverges_stops_and_says_so(data_dir, tmp_path):
     assert "Traceback" not in result.stderr
     assert all(math.isfinite(line["loss"]) for line in metrics(tmp_path / "run"))
     assert not (tmp_path / "run/model.safetensors").exists()
+    # Also where nobody looks at the loss: what is not a number is not saved, nor taken for the best.
+    unseen = ("--logging_steps", 100, "--save_steps", 3, "--eval_steps", 3, "--max_grad_norm", 0)
+    result = train(data_dir, tmp_path / "run", *arguments, *unseen)
+    assert result.returncode == 2
+    assert "train_accelerate.py: error: the gradients of a step up to 3 were not finite" in result.stderr
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
     # Nothing was lost, so the folder takes a better try.
     succeed(train(data_dir, tmp_path / "run", *arguments[:2], "--learning_rate", 1e-3, "--max_steps", 2))
 
