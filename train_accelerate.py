@@ -36,7 +36,7 @@ from pretraining.models import build_model, check_fit, load_config
 from pretraining.optim import build_optimizers, learning_rate_factor, parameter_groups, set_learning_rate
 from pretraining.plots import plot_hellaswag, plot_loss
 from pretraining.published import comparable_losses
-from pretraining.run import Run, open_run_folder
+from pretraining.run import Run, open_run_folder, write_arguments
 from pretraining.runlog import RunLog, read_metrics
 from pretraining.sources import Split, TrainingData, open_packed
 from pretraining.training_arguments import TrainArguments
@@ -67,7 +67,7 @@ def main() -> None:
         state, lambda: checkpoint.checkpoint_to_resume(output_dir, args.resume_from_checkpoint)
     )
     accelerator = open_accelerator(state, accumulation, args.torch_compile)
-    if open_run_folder(output_dir, asdict(args), args.settings(), state):
+    if open_run_folder(output_dir, asdict(args), args.settings(), state, goes_on=last_checkpoint is not None):
         state.print(f"{output_dir} holds a finished run; to train again, delete it or choose another --output_dir")
         return
     train(args, accelerator, config, data, hellaswag, last_checkpoint)
@@ -139,6 +139,7 @@ def train(
         stream_position = run.resume(accelerator, last_checkpoint, model, optimizers)
         accelerator.print(f"continuing from {last_checkpoint}")
         if accelerator.is_main_process:
+            write_arguments(Path(args.output_dir), asdict(args))
             for folder in checkpoint.set_aside_later(Path(args.output_dir), run.step):
                 print(f"set aside, being of what came after it before: {folder}")
     accelerator.print(summary(args, accelerator, data, run.tokens_per_step, groups))

@@ -127,13 +127,16 @@ class Run:
         return problems
 
 
-def open_run_folder(output_dir: Path, arguments: dict, settings: dict, state: PartialState) -> bool:
+def open_run_folder(
+    output_dir: Path, arguments: dict, settings: dict, state: PartialState, goes_on: bool = False
+) -> bool:
     """
     Make the run folder and write its training_args.yaml, or check that the run there is the one to go on with.
 
     Args:
         arguments: every flag.
         settings: those that decide the result; they have to be the same for a run that goes on.
+        goes_on: from a checkpoint, which may still refuse it: training_args.yaml is then left to `write_arguments`.
 
     Returns:
         Whether the run there is finished already.
@@ -144,16 +147,21 @@ def open_run_folder(output_dir: Path, arguments: dict, settings: dict, state: Pa
     verdict: list = [None, None]
     if state.is_main_process:
         verdict = [_problems(output_dir, arguments, settings), publish.is_finished(output_dir)]
-        if not any(verdict):
-            given = {key: value for key, value in arguments.items() if value is not None}
+        if not any(verdict) and not goes_on:
             try:
-                write_text(output_dir / TRAINING_ARGS, yaml.safe_dump(given, sort_keys=False, allow_unicode=True))
+                write_arguments(output_dir, arguments)
             except OSError as error:
                 verdict[0] = [f"--output_dir {output_dir} cannot be written: {error.strerror}"]
     problems, finished = broadcast_object_list(verdict)
     if problems:
         raise UserError(*problems)
     return finished
+
+
+def write_arguments(output_dir: Path, arguments: dict) -> None:
+    """Write training_args.yaml, a recipe of the run."""
+    given = {key: value for key, value in arguments.items() if value is not None}
+    write_text(output_dir / TRAINING_ARGS, yaml.safe_dump(given, sort_keys=False, allow_unicode=True))
 
 
 def _problems(output_dir: Path, arguments: dict, settings: dict) -> list[str]:

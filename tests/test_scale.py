@@ -105,13 +105,6 @@ def test_hellaswag_in_the_loop_is_what_its_script_says_of_the_model(flags, refer
     assert (reference / "plots/hellaswag.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_two_processes_that_accumulate(flags, reference, tmp_path):
-    arguments = (*flags, "--per_device_train_batch_size", 2, "--output_dir", tmp_path / "run")
-    result = succeed(launch(2, "train_accelerate.py", *arguments))
-    assert "2 processes" in result.stdout
-    assert_same_training(tmp_path / "run", reference, result)
-
-
 def test_two_processes_with_a_compiled_model_and_checkpointed_activations(flags, reference, tmp_path):
     arguments = (*flags, "--per_device_train_batch_size", 4, "--torch_compile", "--gradient_checkpointing")
     result = succeed(
@@ -132,10 +125,6 @@ def test_shards_on_two_processes_and_then_on_four(flags, reference, tmp_path):
     assert "continuing from" in result.stdout
     assert_same_training(four, reference, result)
 
-    (two / "model.safetensors").unlink()  # and one process goes on from what two wrote
-    arguments = (*flags, "--per_device_train_batch_size", 16, "--output_dir", two)
-    assert_same_training(two, reference, succeed(script("train_accelerate.py", *arguments)))
-
 
 def test_muon_on_shards_in_bf16_is_muon(flags, tmp_path):
     """Only roughly: torch's Muon orthogonalises in bf16, where a gradient's last bit can change the third digit."""
@@ -154,11 +143,6 @@ def test_muon_on_shards_in_bf16_is_muon(flags, tmp_path):
     assert (losses != losses.bfloat16()).sum() > 5  # products are in bf16, the loss is not
     assert all(weight.dtype == torch.float32 and (weight != weight.bfloat16()).any() for weight in first.values())
 
-    (sharded / "model.safetensors").unlink()
-    assert "continuing" in succeed(launch_sharded(tmp_path, 2, *arguments, mixed_precision="bf16")).stdout
-    again = load_file(sharded / "model.safetensors")
-    assert all(torch.equal(first[name], again[name]) for name in first)
-
 
 @pytest.fixture(scope="module")
 def launch_node(flags, tmp_path_factory):
@@ -171,7 +155,7 @@ def launch_node(flags, tmp_path_factory):
     def call(rank: int, port: int, cwd: Path, *more: object) -> subprocess.CompletedProcess:
         place = ("--machine_rank", rank, "--main_process_ip", "127.0.0.1", "--main_process_port", port)
         program = (ACCELERATE, "launch", "--config_file", path, *place, *more, REPOSITORY / "train_accelerate.py")
-        return run(*program, *flags, "--per_device_train_batch_size", 8, "--output_dir", "run", cwd=cwd)
+        return run(*program, *flags, "--per_device_train_batch_size", 4, "--output_dir", "run", cwd=cwd)
 
     return call
 
@@ -196,6 +180,7 @@ def test_two_machines_of_which_one_writes(launch_node, reference, tmp_path):
     for folder in folders:
         folder.mkdir()
     result = launch_both()
+    assert "2 processes" in result.stdout
     assert_same_training(folders[0] / "run", reference, result)
     assert list(folders[1].iterdir()) == []
     (folders[0] / "run/model.safetensors").unlink()
