@@ -140,7 +140,7 @@ def test_muon_on_shards_in_bf16_is_muon(flags, tmp_path):
         torch.tensor([line["loss"] for line in metrics(folder) if "loss" in line]) for folder in (sharded, whole)
     )
     torch.testing.assert_close(losses, expected, rtol=2e-3, atol=0)
-    # Products are in bf16, the loss is not: sums of four numbers between 1 and 2 with bf16's 8 bits would be whole here.
+    # Products are in bf16, the loss is not: sums of four numbers from 1 to 2 with bf16's 8 bits would be whole here.
     assert ((losses * 1024) % 1 != 0).sum() > 5
     assert all(weight.dtype == torch.float32 and (weight != weight.bfloat16()).any() for weight in first.values())
 
