@@ -6,7 +6,7 @@ checkpoint-000500/   config.json, model.safetensors   as `save_pretrained` write
                      rng.pt          the random generators of every process
                      position.json   the loop's own state
                      manifest.json   written last: size and sha256 of every other file
-checkpoint-best      a link to the one with the lowest evaluation loss
+best-checkpoint      a link to the one with the lowest evaluation loss
 
 The first process writes all of it, from states that are gathered whole. So a checkpoint does not depend on how the
 model was wrapped or sharded, and of several machines only the first one needs to have the folder.
@@ -38,8 +38,9 @@ from torch.optim import Optimizer
 from pretraining.arguments import UserError
 from pretraining.files import INCOMPLETE, sha256_of, write_text
 
-BEST = "checkpoint-best"
-ABANDONED = ".abandoned"
+# Names that `checkpoint-*` does not match, by which people and programs look for the newest one.
+BEST = "best-checkpoint"
+ABANDONED = "abandoned-"
 FILES = ("model.safetensors", "optimizer.pt", "rng.pt", "position.json")
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
@@ -207,7 +208,7 @@ def set_aside_later(output_dir: Path, step: int) -> list[Path]:
     aside = []
     for folder in complete_checkpoints(output_dir):
         if int(folder.name.removeprefix("checkpoint-")) > step:
-            aside.append(folder.with_name(folder.name + ABANDONED))
+            aside.append(folder.with_name(ABANDONED + folder.name))
             shutil.rmtree(aside[-1], ignore_errors=True)
             os.replace(folder, aside[-1])
     if aside:
@@ -230,7 +231,7 @@ def best_checkpoint(output_dir: Path) -> tuple[Path, float] | None:
 
 
 def _mark_best(output_dir: Path) -> Path | None:
-    """Have `checkpoint-best` point to the best checkpoint, and return that."""
+    """Have `best-checkpoint` point to the best checkpoint, and return that."""
     best = best_checkpoint(output_dir)
     if best is None:
         return None

@@ -87,9 +87,9 @@ def assert_same_training(output_dir: Path, reference: Path, result: subprocess.C
     weights = load_file(output_dir / "model.safetensors")
     assert relative_distance(weights, load_file(reference / "model.safetensors")) < 1e-6
     assert samples(result) == (reference / "samples.txt").read_text()
-    assert os.readlink(output_dir / "checkpoint-best") == "checkpoint-000010"
-    from_checkpoint = AutoModelForCausalLM.from_pretrained(output_dir / "checkpoint-best").state_dict()
-    from_reference = AutoModelForCausalLM.from_pretrained(reference / "checkpoint-best").state_dict()
+    assert os.readlink(output_dir / "best-checkpoint") == "checkpoint-000010"
+    from_checkpoint = AutoModelForCausalLM.from_pretrained(output_dir / "best-checkpoint").state_dict()
+    from_reference = AutoModelForCausalLM.from_pretrained(reference / "best-checkpoint").state_dict()
     assert relative_distance(from_checkpoint, from_reference) < 1e-6
 
 

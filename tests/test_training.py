@@ -242,11 +242,11 @@ def test_one_batch_is_learnt_by_heart_and_the_best_checkpoint_outlives_later_one
     eval_losses = {line["step"]: line["eval_loss"] for line in lines if "eval_loss" in line}
     best = min(eval_losses, key=eval_losses.get)
     assert best < 160
-    assert os.readlink(tmp_path / "run/checkpoint-best") == f"checkpoint-{best:06d}"
+    assert os.readlink(tmp_path / "run/best-checkpoint") == f"checkpoint-{best:06d}"
     kept = {path.name for path in (tmp_path / "run").glob("checkpoint-0*")}
     assert kept == {f"checkpoint-{best:06d}", "checkpoint-000160"}
-    assert f"checkpoint-{best:06d} (checkpoint-best) has a lower eval_loss than the final model" in result.stdout
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run/checkpoint-best").eval()
+    assert f"checkpoint-{best:06d} (best-checkpoint) has a lower eval_loss than the final model" in result.stdout
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run/best-checkpoint").eval()
     rows = open_data_folder(tmp_path / "data").validation
     ids = rows.__getitems__(range(len(rows))).long()
     with torch.no_grad():
@@ -370,9 +370,9 @@ def test_an_earlier_checkpoint_begins_a_branch_of_its_own(finished_run, tmp_path
     flags += ("--save_steps", 50, "--save_total_limit", 1)
     result = succeed(script("train_accelerate.py", *flags, ACCELERATE_MIXED_PRECISION="bf16"))
     assert "set aside, being of what came after it before: " in result.stdout
-    names = {path.name for path in output_dir.glob("checkpoint-*")}
-    assert names == {"checkpoint-000200.abandoned", "checkpoint-000250", "checkpoint-best"}
-    assert os.readlink(output_dir / "checkpoint-best") == "checkpoint-000250"
+    names = {path.name for path in output_dir.glob("*checkpoint-*")}
+    assert names == {"abandoned-checkpoint-000200", "checkpoint-000250"}
+    assert os.readlink(output_dir / "best-checkpoint") == "checkpoint-000250"
     first, second = (load_file(folder / "model.safetensors") for folder in (finished_run[0], output_dir))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
