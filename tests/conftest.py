@@ -15,9 +15,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may need the network
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"  # the other core is another worker's
 
+import processes
+from processes import REPOSITORY
+
 from pretraining.arguments import run_script
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 WORDS = """apple bridge candle desert engine forest garden harbor island jacket kettle ladder meadow needle orchard
     pencil quarry ribbon saddle timber umbrella valley window yellow zebra anchor basket copper dragon ember""".split()
 
@@ -31,8 +33,10 @@ def run(*command: object, cwd: Path = REPOSITORY, **environment: str) -> subproc
 
 
 def script(name: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess:
-    """Run one of the repository's scripts in a process of its own."""
-    return run(sys.executable, REPOSITORY / name, *arguments, **environment)
+    """Run one of the repository's scripts to its end in a process of its own."""
+    if any(variable.startswith("HF_") for variable in environment):  # read when libraries are imported
+        return run(sys.executable, REPOSITORY / name, *arguments, **environment)
+    return processes.start(name, *arguments, **environment).wait()
 
 
 @pytest.fixture
