@@ -12,34 +12,54 @@ Running the same command again continues from the last checkpoint.
 """
 
 import math
+import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
+from signal import Signals
 
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import set_seed
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from eval_hellaswag import EncodedItem, encode_items, load_hub_items, load_items, score_on_all_processes, summarise
-from pretraining import checkpoint, hardware, publish
-from pretraining.arguments import UserError, parse_arguments, run_script
+from pretraining import hardware, publish
+from pretraining.anomalies import FINE, NOT_FINITE, SPIKE, Anomalies
+from pretraining.arguments import ProcessError, UserError, parse_arguments, run_script
+from pretraining.checkpoint import LoopState, full_weights, generator_states, load_checkpoint, save_checkpoint
+from pretraining.checkpoint_folders import BEST, best_checkpoint, checkpoint_folder, set_aside_later
 from pretraining.evaluation import encode_prompts, evaluate, write_samples
-from pretraining.inputs import model_inputs, num_targets
-from pretraining.launch import check_launch, is_sharded, on_every_process, on_main_process, open_accelerator
+from pretraining.identity import identity
+from pretraining.incidents import describe, sentence
+from pretraining.inputs import model_inputs
+from pretraining.launch import (
+    check_launch,
+    is_sharded,
+    on_every_process,
+    on_main_process,
+    open_accelerator,
+    open_state,
+)
+from pretraining.memory import fitting_batch_size, try_micro_batch
 from pretraining.models import build_model, check_fit, load_config
 from pretraining.optim import build_optimizers, learning_rate_factor, parameter_groups, set_learning_rate
 from pretraining.plots import plot_hellaswag, plot_loss
 from pretraining.published import comparable_losses
-from pretraining.run import Run, open_run_folder, write_arguments
-from pretraining.runlog import RunLog, read_metrics
+from pretraining.run import Run
+from pretraining.run_folder import open_run_folder, write_arguments
+from pretraining.runlog import EVENTS_FILE, RunLog, read_metrics, send_unsent
+from pretraining.signals import STOPPED, StopSignals
 from pretraining.sources import Split, TrainingData, open_packed
+from pretraining.steps import StepResult, suspects, train_step
+from pretraining.tokenizer import tokenizer_fingerprint
 from pretraining.training_arguments import TrainArguments
+from pretraining.watchdog import Watchdog
 
 # The speed of a run is told once so many steps are behind it: the first ones warm up, or compile.
 STEPS_TO_MEASURE = 5
@@ -50,9 +70,16 @@ def main() -> None:
     disable_progress_bar()  # transformers' own: there is one for the run
     if not torch.cuda.is_available():
         hardware.keep_freed_memory()
-    state = PartialState(cpu=not torch.cuda.is_available())
+    state = open_state(args.ddp_timeout)
     check_launch(state.num_processes)
+    with Watchdog(state, args.ddp_timeout) as watchdog:
+        is_stopped = start(args, state, watchdog)
+    if is_stopped:
+        sys.exit(STOPPED)
 
+
+def start(args: TrainArguments, state: PartialState, watchdog: Watchdog) -> bool:
+    """Open what the flags name, and train. Returns whether a signal stopped it before its end."""
     output_dir = Path(args.output_dir)
     data = open_data(args, state)
     tokenizer = data.tokenizer
@@ -63,18 +90,36 @@ def main() -> None:
     encode_prompts(tokenizer, args.sample_prompts, config.n_positions)  # now, not after the last step
     hellaswag = open_hellaswag(args, config, data) if args.hellaswag_steps else []
     accumulation = accumulation_steps(args, data.block_size, state.num_processes)
-    last_checkpoint = on_main_process(
-        state, lambda: checkpoint.checkpoint_to_resume(output_dir, args.resume_from_checkpoint)
+    accelerator = open_accelerator(state, accumulation, args.torch_compile, args.optim)
+    split = Split(
+        batch_size=args.per_device_train_batch_size,
+        gradient_accumulation_steps=accumulation,
+        num_processes=state.num_processes,
+        process_index=state.process_index,
+        num_workers=args.dataloader_num_workers,
     )
-    accelerator = open_accelerator(state, accumulation, args.torch_compile)
-    if open_run_folder(output_dir, asdict(args), args.settings(), state, goes_on=last_checkpoint is not None):
-        state.print(f"{output_dir} holds a finished run; to train again, delete it or choose another --output_dir")
-        return
-    train(args, accelerator, config, data, hellaswag, last_checkpoint)
+    who = identity(
+        settings={**args.settings(), "mixed_precision": accelerator.mixed_precision},
+        config=config,
+        tokenizer=tokenizer_fingerprint(tokenizer),
+        data={"name": data.name, "fingerprint": data.fingerprint},
+        binding=data.binding(split),
+        tokens_per_step=split.rows_per_step * data.block_size,
+    )
+    with open_run_folder(output_dir, asdict(args), who, state) as folder:
+        for message in folder.messages:
+            state.print(f"{output_dir}: {message}")
+        is_stopped = False
+        if folder.is_finished:
+            state.print(f"{output_dir} holds a finished run; to train again, delete it or choose another --output_dir")
+            send_unsent(accelerator, output_dir, args.trackers(), args.max_steps, asdict(args))
+        else:
+            is_stopped = train(args, accelerator, config, data, split, who, hellaswag, folder.checkpoint, watchdog)
     # The model first, then the process group: destroyed with a DDP model still referring to it, gloo's threads and
     # this one can wait for each other for ever.
     accelerator.free_memory()
     accelerator.end_training()
+    return is_stopped
 
 
 def open_data(args: TrainArguments, state: PartialState) -> TrainingData:
@@ -102,52 +147,97 @@ def train(
     accelerator: Accelerator,
     config: PreTrainedConfig,
     data: TrainingData,
+    split: Split,
+    who: dict,
     hellaswag: list[EncodedItem],
     last_checkpoint: Path | None,
-) -> None:
-    """Build the model, train it from the first step or from a checkpoint to the last, and write it."""
+    watchdog: Watchdog,
+) -> bool:
+    """
+    Build the model, train it from the first step or from a checkpoint to the last, and write it. Returns whether a
+    signal stopped it before its end.
+
+    Args:
+        who: the run's identity.
+    """
+    output_dir, num_processes = Path(args.output_dir), split.num_processes
     set_seed(args.seed)
     model = build_model(config, args.model_name_or_path, args.attn_implementation, args.gradient_checkpointing)
     groups = [sum(map(torch.numel, group)) for group in parameter_groups(model)]
     optimizers = build_optimizers(model, args.optim, args.learning_rate, args.weight_decay, accelerator.device)
     model, *optimizers = accelerator.prepare(model, *optimizers)
+    split = fit_into_memory(args, accelerator, model, data, split)
     set_seed(args.seed, device_specific=True)  # from here on each process has its own dropout
 
-    block_size, num_processes = data.block_size, accelerator.num_processes
-    split = Split(
-        batch_size=args.per_device_train_batch_size,
-        gradient_accumulation_steps=accelerator.gradient_accumulation_steps,
-        num_processes=num_processes,
-        process_index=accelerator.process_index,
-        num_workers=args.dataloader_num_workers,
-    )
     peak_flops = hardware.peak_flops(accelerator.device)
     run = Run(
-        tokens_per_step=tokens_per_micro_step(args, block_size, num_processes)
-        * accelerator.gradient_accumulation_steps,
-        max_steps=args.max_steps,
-        optim=args.optim,
-        num_parameters=sum(groups),
-        data_name=data.name,
-        data_fingerprint=data.fingerprint,
-        data_binding=data.binding(split),
-        flops_per_token=hardware.flops_per_token(sum(groups), config.n_layer, config.n_embd, block_size),
+        tokens_per_step=who["tokens_per_step"],
+        identity=who,
+        flops_per_token=hardware.flops_per_token(sum(groups), config.n_layer, config.n_embd, data.block_size),
         peak_flops=peak_flops and peak_flops * num_processes,
     )
-    stream_position = None
+    anomalies = Anomalies(args.skip_loss_spikes, has_scaler=accelerator.scaler is not None)
+    position = None
     if last_checkpoint:
-        stream_position = run.resume(accelerator, last_checkpoint, model, optimizers)
+        position = load_checkpoint(accelerator, last_checkpoint, model, optimizers)
+        run.resume(position)
+        anomalies.load(position["anomalies"])
         accelerator.print(f"continuing from {last_checkpoint}")
         if accelerator.is_main_process:
-            write_arguments(Path(args.output_dir), asdict(args))
-            for folder in checkpoint.set_aside_later(Path(args.output_dir), run.step):
+            write_arguments(output_dir, asdict(args))
+            for folder in set_aside_later(output_dir, run.step):
                 print(f"set aside, being of what came after it before: {folder}")
     accelerator.print(summary(args, accelerator, data, run.tokens_per_step, groups))
-    batches = data.batches(split, args.seed, run.step, stream_position)
-    with RunLog(accelerator, Path(args.output_dir), run.step, args.max_steps, args.trackers(), asdict(args)) as log:
-        training = Training(args, run, accelerator, model, optimizers, batches, data, hellaswag, log)
-        training.loop()
-    finish(args, run, accelerator, model, data, training.samples)
+    is_same_data = position and position["identity"]["data"] == who["data"]
+    batches = data.batches(split, args.seed, run.step, position["stream"] if is_same_data else None)
+    with RunLog(accelerator, output_dir, run.step, args.max_steps, args.trackers(), asdict(args)) as log:
+        training = Training(
+            args, run, accelerator, model, optimizers, split, batches, data, hellaswag, log, anomalies, watchdog
+        )
+        try:
+            is_stopped = training.loop(is_due=bool(position and position["is_due"]))
+        except RuntimeError as error:
+            if not should_reduce_batch_size(error):
+                raise
+            half, double = max(1, split.batch_size // 2), 2 * split.gradient_accumulation_steps
+            raise ProcessError(
+                f"out of memory in step {run.step + 1}: try --per_device_train_batch_size {half} with "
+                f"--gradient_accumulation_steps {double}, or --gradient_checkpointing"
+            ) from error
+    if not is_stopped:
+        finish(args, run, accelerator, model, data, training.samples)
+    return is_stopped
+
+
+def fit_into_memory(
+    args: TrainArguments, accelerator: Accelerator, model: nn.Module, data: TrainingData, split: Split
+) -> Split:
+    """
+    The split, or with --auto_batch_size one of smaller micro-batches that fit into memory, the global batch the same.
+
+    Raises:
+        UserError: if the micro-batches do not fit, with the size of ones that do.
+    """
+    vocab_size = accelerator.unwrap_model(model).config.vocab_size
+
+    def try_batch(batch_size: int) -> None:
+        rows = torch.zeros(batch_size, data.block_size, dtype=torch.int32)
+        document_token_id = data.tokenizer.eos_token_id if args.document_attention else None
+        try_micro_batch(model, model_inputs(rows, accelerator.device, document_token_id, vocab_size), accelerator)
+
+    batch_size = fitting_batch_size(try_batch, split.batch_size)
+    if batch_size == split.batch_size:
+        return split
+    accumulation = split.gradient_accumulation_steps * split.batch_size // batch_size
+    fits = f"--per_device_train_batch_size {batch_size} with --gradient_accumulation_steps {accumulation}"
+    if not args.auto_batch_size:
+        raise UserError(
+            f"out of memory with --per_device_train_batch_size {split.batch_size}: {fits} fits and trains the same "
+            "(--auto_batch_size goes on with it)"
+        )
+    accelerator.print(f"out of memory with {split.batch_size} rows at once: going on with {fits}")
+    accelerator.gradient_accumulation_steps = accumulation
+    return replace(split, batch_size=batch_size, gradient_accumulation_steps=accumulation)
 
 
 def summary(
@@ -179,6 +269,7 @@ class Training:
 
     Attributes:
         model, optimizers: as `accelerator.prepare` returned them.
+        split: of a step's rows; the batch size that fits into memory.
         batches: micro-batches (batch_size, block_size) of this process.
         hellaswag: its items, none if it is not asked for.
         samples: the last ones written.
@@ -189,65 +280,153 @@ class Training:
     accelerator: Accelerator
     model: nn.Module
     optimizers: list[Optimizer]
+    split: Split
     batches: Iterator[torch.Tensor]
     data: TrainingData
     hellaswag: list[EncodedItem]
     log: RunLog
+    anomalies: Anomalies
+    watchdog: Watchdog
     samples: list[str] = field(default_factory=list)
 
     def __post_init__(self):
         self.output_dir = Path(self.args.output_dir)
         self.document_token_id = self.data.tokenizer.eos_token_id if self.args.document_attention else None
+        self.vocab_size = self.plain_model().config.vocab_size
         self.first_step = self.run.step
         self.is_measured = False
-        self.is_finite = torch.ones((), dtype=torch.bool, device=self.accelerator.device)
 
-    def loop(self) -> None:
-        """Train from `run.step` to the last step."""
+    def loop(self, is_due: bool) -> bool:
+        """
+        Train from `run.step` to the last step, or until a process gets a signal that asks it to end: then a checkpoint
+        is saved after the step. Returns whether that was so.
+
+        Args:
+            is_due: what is due after the step behind us is still to be done, as a signal came in between.
+        """
         args, run = self.args, self.run
+        if is_due:
+            self.do_what_is_due()
         run.restart_interval()
-        while run.step < args.max_steps:
-            factor = learning_rate_factor(run.step, args.lr_scheduler_type, args.warmup_steps, args.max_steps)
-            learning_rate = set_learning_rate(self.optimizers, factor)
-            loss, grad_norm = train_step(
-                self.model, self.optimizers, self.next_micro_batches(), self.accelerator, args.max_grad_norm
-            )
-            run.step += 1
-            if self.accelerator.scaler is None:  # fp16's leaves out steps whose gradients overflow
-                self.is_finite &= torch.isfinite(grad_norm)
-            is_last = run.step == args.max_steps
-            self.log.progress(run.step)
-            if is_last or run.step == 1 or self.is_due(args.logging_steps):
-                self.write_metrics(loss, learning_rate, grad_norm)
-            elif run.step == self.first_step + 1:
-                run.restart_interval()  # to compile, or to warm up, is not training speed
-            if is_last or self.is_due(args.eval_steps):
-                self.evaluate()
-            if self.hellaswag and (is_last or self.is_due(args.hellaswag_steps)):
-                self.score_hellaswag()
-            if is_last or self.is_due(args.sample_steps):
-                self.write_samples()
-            if not is_last and self.is_due(args.save_steps):
-                self.save_checkpoint()
+        with StopSignals() as signals:
+            while run.step < args.max_steps:
+                result, learning_rate = self.step(signals)
+                is_last = run.step == args.max_steps
+                self.log.progress(run.step)
+                if self.anomalies.verdict != NOT_FINITE and (
+                    is_last or run.step == 1 or self.is_due(args.logging_steps)
+                ):
+                    self.write_metrics(result, learning_rate)
+                elif run.step == self.first_step + 1:
+                    run.restart_interval()  # to compile, or to warm up, is not training speed
+                if any(result.notes) and not is_last:
+                    self.save_checkpoint(is_due=True)
+                    self.say_stopped(result.notes)
+                    return True
+                self.do_what_is_due()
+        return False
+
+    def step(self, signals: StopSignals) -> tuple[StepResult, float]:
+        """One step, and what is to be said of it if it went wrong. Returns its result and its learning rate."""
+        args, run = self.args, self.run
+        if not self.anomalies.in_a_row:
+            self.last_good = self.state()
+        factor = learning_rate_factor(run.step, args.lr_scheduler_type, args.warmup_steps, args.max_steps)
+        learning_rate = set_learning_rate(self.optimizers, factor)
+        self.watchdog.doing(f"reading the rows of step {run.step + 1}")
+        rows = [next(self.batches) for _ in range(self.split.gradient_accumulation_steps)]
+        self.watchdog.doing(f"in step {run.step + 1}")
+        micro_batches = [
+            model_inputs(each, self.accelerator.device, self.document_token_id, self.vocab_size) for each in rows
+        ]
+        result = train_step(
+            self.model,
+            self.optimizers,
+            micro_batches,
+            self.accelerator,
+            args.max_grad_norm,
+            self.anomalies.may_update,
+            signals.received,
+        )
+        run.step += 1
+        if self.anomalies.verdict != FINE:
+            self.report(result, rows, micro_batches)
+        self.watchdog.doing(f"past step {run.step}", limited=False)
+        return result, learning_rate
+
+    def do_what_is_due(self) -> None:
+        """Evaluations, samples and the checkpoint that the step behind us asks for."""
+        args, run = self.args, self.run
+        is_last = run.step == args.max_steps
+        if is_last or self.is_due(args.eval_steps):
+            self.evaluate()
+        if self.hellaswag and (is_last or self.is_due(args.hellaswag_steps)):
+            self.score_hellaswag()
+        if is_last or self.is_due(args.sample_steps):
+            self.write_samples()
+        if not is_last and self.is_due(args.save_steps):
+            self.save_checkpoint()
+
+    def say_stopped(self, notes: list[int]) -> None:
+        process, number = next((process, number) for process, number in enumerate(notes) if number)
+        of = f" of process {process}" if len(notes) > 1 else ""
+        folder = checkpoint_folder(self.output_dir, self.run.step)
+        self.log.write(f"stopped by {Signals(number).name}{of}: {folder} is saved, the same command goes on from it")
+
+    def report(self, result: StepResult, rows: list[torch.Tensor], micro_batches: list[dict]) -> None:
+        """
+        Say and keep what is known of a step that went wrong.
+
+        Raises:
+            UserError: if it is the last of as many in a row as may be.
+        """
+        anomalies = self.anomalies
+        if anomalies.verdict == SPIKE:
+            to_blame = list(range(len(rows)))
+        else:
+            to_blame = suspects(result, self.model, self.optimizers, micro_batches, self.accelerator)
+        event = describe(self.run.step, result, anomalies, to_blame, rows, self.data, self.split, self.args.seed)
+        self.log.event(event)
+        self.log.write(f"warning: {sentence(event)}; more in {EVENTS_FILE}")
+        if anomalies.in_a_row >= self.args.max_nonfinite_steps:
+            self.give_up(event)
+
+    def give_up(self, event: dict) -> None:
+        """
+        Raises:
+            UserError: after a checkpoint from before the steps that went wrong.
+        """
+        state, run = self.last_good, self.run
+        step = state.position["step"]
+        folder = checkpoint_folder(self.output_dir, step)
+        is_there = on_main_process(self.accelerator.state, lambda: folder.exists())
+        if step and not is_there:
+            self.save_checkpoint(state=state)
+        saved = f"{folder} is from before" if step else "there is no checkpoint from before"
+        raise UserError(
+            f"{run.step - step} steps in a row were left out, the last as {sentence(event)}. {saved}: a lower "
+            "--learning_rate may help (with --allow_changes learning_rate), or without these rows"
+        )
 
     def is_due(self, every: int | None) -> bool:
         return every is not None and self.run.step % every == 0
 
-    def next_micro_batches(self) -> list[dict]:
-        device, accumulation = self.accelerator.device, self.accelerator.gradient_accumulation_steps
-        return [model_inputs(next(self.batches), device, self.document_token_id) for _ in range(accumulation)]
+    def state(self) -> LoopState:
+        """Where this process stands, between two steps."""
+        return LoopState(
+            position={**self.run.position(), "anomalies": self.anomalies.state(), "is_due": False},
+            stream=self.batches.position() if self.args.streaming else None,
+            generators=generator_states(self.accelerator.device),
+        )
 
-    def write_metrics(self, loss: torch.Tensor, learning_rate: float, grad_norm: torch.Tensor) -> None:
+    def write_metrics(self, result: StepResult, learning_rate: float) -> None:
         run = self.run
         values = {
-            "loss": self.accelerator.reduce(loss, "sum").item(),
+            "loss": result.loss,
             "learning_rate": learning_rate,
-            "grad_norm": grad_norm.item(),
-            **run.speed(),  # after .item(), which waits until the device has done the steps that are timed
+            "grad_norm": result.grad_norm,
+            **run.speed(),
         }
-        if not math.isfinite(values["loss"]):
-            raise UserError(f"the loss of step {run.step} is {values['loss']}: a lower --learning_rate may help")
-        self.check_gradients()
         self.log.metrics(run, values)
         shown = {"loss": f"{values['loss']:.3f}", "tokens/s": f"{values['tokens_per_second']:,.0f}"}
         self.log.progress(run.step, **shown, **({"MFU": f"{values['mfu']:.1%}"} if "mfu" in values else {}))
@@ -259,13 +438,6 @@ class Training:
                 f"{shown['tokens/s']} tokens/s: about {publish.duration(hours)} to go, evaluations not counted"
             )
             self.is_measured = True
-
-    def check_gradients(self) -> None:
-        """Before anything is made of the weights; not at each step, as to read from the device is to wait for it."""
-        if not self.is_finite.item():
-            raise UserError(
-                f"the gradients of a step up to {self.run.step} were not finite: a lower --learning_rate may help"
-            )
 
     def warn_of_a_strange_start(self, loss: float) -> None:
         """A model that knows nothing gives every token the same chance; its loss is ln(vocabulary), and a bit."""
@@ -279,9 +451,15 @@ class Training:
     def evaluate(self) -> None:
         args, run, validation = self.args, self.run, self.data.validation
         num_rows = args.eval_iters and args.eval_iters * run.tokens_per_step // self.data.block_size
-        batch_size = args.per_device_train_batch_size
-        self.check_gradients()
-        values = evaluate(self.model, validation, self.accelerator, batch_size, num_rows, self.document_token_id)
+        values = evaluate(
+            self.model,
+            validation,
+            self.accelerator,
+            self.split.batch_size,
+            num_rows,
+            self.document_token_id,
+            self.vocab_size,
+        )
         if not math.isfinite(values["eval_loss"]):
             raise UserError(
                 f"the evaluation loss after step {run.step} is {values['eval_loss']}: a lower --learning_rate may help"
@@ -298,7 +476,7 @@ class Training:
         run.restart_interval()
 
     def score_hellaswag(self) -> None:
-        items_at_once = max(1, self.args.per_device_train_batch_size // 4)  # an item is four rows
+        items_at_once = max(1, self.split.batch_size // 4)  # an item is four rows
         scores = score_on_all_processes(self.accelerator, self.plain_model(), self.hellaswag, items_at_once)
         summary = summarise(scores, "completion")
         values = {f"hellaswag_{key}": summary[key] for key in ("acc", "acc_norm", "n")}
@@ -320,63 +498,22 @@ class Training:
             self.log.write(f"--- sample at step {self.run.step}\n{sample}\n---")
         self.run.restart_interval()
 
-    def save_checkpoint(self) -> None:
-        self.check_gradients()
-        stream_position = self.batches.position() if self.args.streaming else None
-        checkpoint.save_checkpoint(
-            self.accelerator,
-            self.output_dir,
-            self.model,
-            self.optimizers,
-            self.run.position(),
-            stream_position,
-            self.args.save_total_limit,
+    def save_checkpoint(self, state: LoopState | None = None, is_due: bool = False) -> None:
+        """
+        Args:
+            state: with the weights as they are; where the loop stands now, if left out.
+            is_due: what is due after this step is still to be done.
+        """
+        state = state or self.state()
+        state.position["is_due"] = is_due
+        save_checkpoint(
+            self.accelerator, self.output_dir, self.model, self.optimizers, state, self.args.save_total_limit
         )
         self.run.restart_interval()
 
     def plain_model(self) -> PreTrainedModel:
         """Not compiled: for inputs of many lengths, each of which would be compiled for."""
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-
-
-def train_step(
-    model: nn.Module,
-    optimizers: list[Optimizer],
-    micro_batches: list[dict],
-    accelerator: Accelerator,
-    max_grad_norm: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    One optimizer step, over `accelerator.gradient_accumulation_steps` micro-batches.
-
-    The loss of a step is the mean over all its labels, of all micro-batches of all processes, so that it does not
-    matter how a global batch is split, nor where in it labels of -100 are. Accelerate divides by the accumulation and
-    DDP and FSDP by the processes, so both are multiplied back.
-
-    Args:
-        micro_batches: the model's arguments `input_ids`, `labels` and whatever else.
-        max_grad_norm: 0 does not clip.
-
-    Returns:
-        This process's share of the loss, in nats per token (the sum over the processes is the step's loss), and the
-        norm of the gradients before clipping. Both stay on the device: reading them would wait for it.
-    """
-    scale = accelerator.gradient_accumulation_steps * accelerator.num_processes
-    targets = accelerator.reduce(sum(num_targets(inputs["labels"]) for inputs in micro_batches), "sum")
-    total_loss = torch.zeros((), device=accelerator.device)
-    for inputs in micro_batches:
-        with accelerator.accumulate(model):
-            loss = model(**inputs, num_items_in_batch=targets, use_cache=False).loss
-            accelerator.backward(loss * scale)
-            total_loss += loss.detach()
-            if accelerator.sync_gradients:
-                grad_norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm or math.inf)
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
-    if isinstance(grad_norm, DTensor):
-        grad_norm = grad_norm.full_tensor()
-    return total_loss, grad_norm
 
 
 def finish(
@@ -388,7 +525,7 @@ def finish(
     samples: list[str],
 ) -> None:
     """Write the final model and its card, and say how good it is."""
-    state_dict = checkpoint.full_weights(accelerator, model)  # on all processes: each may hold a part
+    state_dict = full_weights(accelerator, model)  # on all processes: each may hold a part
     if not accelerator.is_main_process:
         return
     unwrapped = accelerator.unwrap_model(model, keep_torch_compile=False)
@@ -415,9 +552,9 @@ def finish(
     yardsticks = "".join(f", {name} {rate:.3f}" for name, rate in record.compression.items())
     bits_per_byte = evaluation["eval_bits_per_byte"]
     print(f"{args.output_dir}: {bits_per_byte:.3f} bits per byte of the validation text{yardsticks}")
-    best = checkpoint.best_checkpoint(Path(args.output_dir))
+    best = best_checkpoint(Path(args.output_dir))
     if best and best[1] < evaluation["eval_loss"]:
-        print(f"{best[0]} ({checkpoint.BEST}) has a lower eval_loss than the final model: {best[1]:.4f}")
+        print(f"{best[0]} ({BEST}) has a lower eval_loss than the final model: {best[1]:.4f}")
 
 
 def tokens_per_micro_step(args: TrainArguments, block_size: int, num_processes: int) -> int:
@@ -438,9 +575,12 @@ def accumulation_steps(args: TrainArguments, block_size: int, num_processes: int
     steps, rest = divmod(args.tokens_per_step, unit)
     if rest or not steps:
         possible = " or ".join(str(unit * count) for count in (steps, steps + 1) if count)
+        rows, odd = divmod(args.tokens_per_step, block_size)
+        fitting = [str(count) for count in range(1, 2 * num_processes + 1) if not odd and rows % count == 0]
         raise UserError(
             f"--tokens_per_step {args.tokens_per_step} is not a multiple of {unit} (block {block_size} x batch "
             f"{args.per_device_train_batch_size} x {num_processes} processes); nearest: {possible}"
+            + (f"; its {rows} rows can be split over {', '.join(fitting)} processes" if fitting else "")
         )
     return steps
 

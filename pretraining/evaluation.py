@@ -23,6 +23,7 @@ def evaluate(
     batch_size: int,
     num_rows: int | None,
     document_token_id: int | None,
+    vocab_size: int,
 ) -> dict[str, float]:
     """
     Loss over a fixed set of rows, the first `num_rows` of `dataset` or all of them, shared out over the processes;
@@ -48,7 +49,7 @@ def evaluate(
         # model needs all of them for a forward pass.
         first = start + accelerator.process_index * batch_size
         rows = [min(row, num_rows - 1) for row in range(first, first + batch_size)]
-        inputs = model_inputs(dataset.__getitems__(rows), accelerator.device, document_token_id)
+        inputs = model_inputs(dataset.__getitems__(rows), accelerator.device, document_token_id, vocab_size)
         inputs["labels"] = inputs["labels"].clone()
         inputs["labels"][max(0, num_rows - first) :] = -100
         loss_sum = model(**inputs, num_items_in_batch=1, use_cache=False, skip_logits=True).loss

@@ -63,6 +63,42 @@ def folder_in_progress(final: Path, contents: set[str]) -> Iterator[Path]:
         os.close(lock)
 
 
+@contextlib.contextmanager
+def locked(folder: Path, busy: str) -> Iterator[None]:
+    """
+    Keep other programs out of a folder. The system lets go of it, however the program ends.
+
+    Args:
+        busy: what to say if another program is there.
+
+    Raises:
+        UserError: if so, or if the folder cannot be written to.
+    """
+    try:
+        file = (folder / ".lock").open("ab")
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error.strerror}") from None
+    with file:
+        try:
+            fcntl.lockf(
+                file, fcntl.LOCK_EX | fcntl.LOCK_NB
+            )  # unlike flock's, not inherited by a data loader's workers
+        except BlockingIOError:
+            raise UserError(busy) from None
+        except OSError:  # a file system that has no locks
+            pass
+        yield
+
+
+def sync(path: Path) -> None:
+    """Have the disk hold what was written to a file or folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def sha256_of(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -2,15 +2,26 @@
 
 import torch
 
+from pretraining.arguments import ProcessError
+
 
 def model_inputs(
-    rows: torch.Tensor, device: torch.device, document_token_id: int | None
+    rows: torch.Tensor, device: torch.device, document_token_id: int | None, vocab_size: int
 ) -> dict[str, torch.Tensor | None]:
     """
     Args:
         rows (`(B, T)`): token ids of any integer type.
         document_token_id: see `document_positions`; None lets tokens see the documents before theirs.
+
+    Raises:
+        ProcessError: a ValueError, for an id that the model has no embedding for: a GPU would only say that an
+            assertion failed, and could not be used any more.
     """
+    if (largest := rows.numpy().max()) >= vocab_size:
+        raise ProcessError(
+            f"the data has the token id {largest}, but the model's vocabulary ends with {vocab_size - 1}: prepare "
+            "the data with the model's tokenizer"
+        )
     input_ids = rows.to(device, non_blocking=True).long()
     position_ids = None if document_token_id is None else document_positions(input_ids, document_token_id)
     return {"input_ids": input_ids, "position_ids": position_ids, "labels": input_ids}

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -22,6 +23,11 @@ T = TypeVar("T")
 
 # How many processes there are, by the launchers that set it: torchrun and accelerate, Slurm's srun, and three MPIs.
 WORLD_SIZES = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+
+
+def open_state(timeout_seconds: float) -> PartialState:
+    """The processes of this launch, which wait for each other no longer than `timeout_seconds`."""
+    return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(seconds=timeout_seconds))
 
 
 def check_launch(num_processes: int) -> None:
@@ -50,11 +56,13 @@ def check_launch(num_processes: int) -> None:
         )
 
 
-def open_accelerator(state: PartialState, gradient_accumulation_steps: int, torch_compile: bool) -> Accelerator:
+def open_accelerator(
+    state: PartialState, gradient_accumulation_steps: int, torch_compile: bool, optim: str
+) -> Accelerator:
     """
     Raises:
         UserError: if the launch config asks for sharding that this machine cannot do: every process would hold the
-            whole model.
+            whole model; or for what accelerate does wrongly.
     """
     wants_fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     accelerator = Accelerator(
@@ -71,6 +79,8 @@ def open_accelerator(state: PartialState, gradient_accumulation_steps: int, torc
         raise UserError("the launch config asks for FSDP, which needs several processes with a GPU each")
     if wants_fsdp and not accelerator.is_fsdp2:
         raise UserError("the launch config asks for the first FSDP: fsdp_version: 2, as in configs/fsdp2.yaml")
+    if accelerator.scaler is not None and optim == "muon":  # the second of two optimizers would be unscaled twice
+        raise UserError("--mixed_precision fp16 does not go with --optim muon: use bf16")
     return accelerator
 
 

@@ -1,20 +1,7 @@
-"""A run: its folder, its step and its clock, and what it needs to know to go on from a checkpoint."""
+"""A run: its step and its clock."""
 
 import time
 from dataclasses import dataclass
-from pathlib import Path
-
-import yaml
-from accelerate import Accelerator, PartialState
-from accelerate.utils import broadcast_object_list
-from torch import nn
-from torch.optim import Optimizer
-
-from pretraining import checkpoint, publish
-from pretraining.arguments import UserError
-from pretraining.files import write_text
-
-TRAINING_ARGS = "training_args.yaml"
 
 
 @dataclass
@@ -24,9 +11,7 @@ class Run:
 
     Attributes:
         tokens_per_step: of all processes together.
-        max_steps, optim: the flags.
-        num_parameters: of the model.
-        data_name, data_fingerprint, data_binding: see `sources.TrainingData`.
+        identity: see `identity.identity`.
         step: optimizer steps done.
         elapsed_before: seconds that earlier starts of the program took.
         flops_per_token: see `hardware.flops_per_token`.
@@ -35,12 +20,7 @@ class Run:
     """
 
     tokens_per_step: int
-    max_steps: int
-    optim: str
-    num_parameters: int
-    data_name: str
-    data_fingerprint: str
-    data_binding: dict[str, int]
+    identity: dict
     flops_per_token: int
     peak_flops: float | None
     step: int = 0
@@ -77,110 +57,14 @@ class Run:
         return speed
 
     def position(self) -> dict:
-        """What a checkpoint saves of the loop. Packed rows come in an order that is a pure function of the step."""
+        """What a checkpoint saves of the run. Packed rows come in an order that is a pure function of the step."""
         step, eval_loss = self.evaluated
         return {
             "step": self.step,
             "eval_loss": eval_loss if step == self.step else None,
-            "tokens_per_step": self.tokens_per_step,
-            "optim": self.optim,
-            "num_parameters": self.num_parameters,
-            "data_name": self.data_name,
-            "data_fingerprint": self.data_fingerprint,
-            "data_binding": self.data_binding,
             "elapsed_seconds": self.elapsed_seconds,
+            "identity": self.identity,
         }
 
-    def resume(
-        self, accelerator: Accelerator, folder: Path, model: nn.Module, optimizers: list[Optimizer]
-    ) -> dict | None:
-        """
-        Go on from a checkpoint. Returns where this process's stream was, if the data is one.
-
-        Raises:
-            UserError: if it is damaged, or was made with other data or another global batch.
-        """
-        position = checkpoint.load_checkpoint(accelerator, folder, model, optimizers, self._refuse)
+    def resume(self, position: dict) -> None:
         self.step, self.elapsed_before = position["step"], position["elapsed_seconds"]
-        return position["stream"]
-
-    def _refuse(self, position: dict) -> list[str]:
-        name, tokens = f"the checkpoint of step {position['step']}", position["tokens_per_step"]
-        problems = []
-        if position["step"] >= self.max_steps:
-            problems.append(f"{name} has --max_steps {self.max_steps} behind it: nothing is left to train")
-        for key, what in (("optim", "--optim {}"), ("num_parameters", "a model of {:,} parameters")):
-            if position[key] != getattr(self, key):
-                problems.append(f"{name} is of {what.format(position[key])}, not {what.format(getattr(self, key))}")
-        if position["data_fingerprint"] != self.data_fingerprint:
-            before, now = position.get("data_name", "other data"), self.data_name
-            problems.append(f"{name} was trained on other data: on {before}, now it would be {now}")
-        for key, value in position.get("data_binding", {}).items():
-            if self.data_binding.get(key, value) != value:
-                now = self.data_binding[key]
-                problems.append(f"{name} is of a stream with {key} {value}, now it would be {now}: it has to stay")
-        if tokens != self.tokens_per_step:
-            problems.append(
-                f"{name} was trained with {tokens} tokens per step, now it would be {self.tokens_per_step}: "
-                f"--tokens_per_step {tokens} keeps it"
-            )
-        return problems
-
-
-def open_run_folder(
-    output_dir: Path, arguments: dict, settings: dict, state: PartialState, goes_on: bool = False
-) -> bool:
-    """
-    Make the run folder and write its training_args.yaml, or check that the run there is the one to go on with.
-
-    Args:
-        arguments: every flag.
-        settings: those that decide the result; they have to be the same for a run that goes on.
-        goes_on: from a checkpoint, which may still refuse it: training_args.yaml is then left to `write_arguments`.
-
-    Returns:
-        Whether the run there is finished already.
-
-    Raises:
-        UserError: if the folder holds something else, or a run with other settings.
-    """
-    verdict: list = [None, None]
-    if state.is_main_process:
-        verdict = [_problems(output_dir, arguments, settings), publish.is_finished(output_dir)]
-        if not any(verdict) and not goes_on:
-            try:
-                write_arguments(output_dir, arguments)
-            except OSError as error:
-                verdict[0] = [f"--output_dir {output_dir} cannot be written: {error.strerror}"]
-    problems, finished = broadcast_object_list(verdict)
-    if problems:
-        raise UserError(*problems)
-    return finished
-
-
-def write_arguments(output_dir: Path, arguments: dict) -> None:
-    """Write training_args.yaml, a recipe of the run."""
-    given = {key: value for key, value in arguments.items() if value is not None}
-    write_text(output_dir / TRAINING_ARGS, yaml.safe_dump(given, sort_keys=False, allow_unicode=True))
-
-
-def _problems(output_dir: Path, arguments: dict, settings: dict) -> list[str]:
-    if output_dir.exists() and not output_dir.is_dir():
-        return [f"--output_dir {output_dir} is not a folder"]
-    if not output_dir.exists() or not any(output_dir.iterdir()):
-        return []
-    if not (output_dir / TRAINING_ARGS).is_file():
-        return [f"--output_dir {output_dir} exists and is not a run folder: choose another"]
-    if not checkpoint.complete_checkpoints(output_dir) and not publish.is_finished(output_dir):
-        return []  # it ended before there was anything to lose
-    if arguments["resume_from_checkpoint"] == "none":
-        return [f"--output_dir {output_dir} holds a run already: delete it, or choose another, to start from step 0"]
-    try:
-        before = dict(yaml.safe_load((output_dir / TRAINING_ARGS).read_text(encoding="utf-8")))
-    except (ValueError, TypeError, yaml.YAMLError):
-        return [f"{output_dir / TRAINING_ARGS} is damaged: without it nobody knows what run this is"]
-    return [
-        f"{output_dir} holds a run with --{key} {before.get(key)}, not {value}: choose another --output_dir"
-        for key, value in settings.items()
-        if before.get(key) != value
-    ]

@@ -1,5 +1,8 @@
-"""What a run leaves to look at: metrics.jsonl, the progress bar and the trackers. The plots are in plots.py."""
+"""
+What a run leaves to look at: metrics.jsonl, events.jsonl, the progress bar and the trackers. Plots are in plots.py.
+"""
 
+import contextlib
 import json
 import sys
 from collections.abc import Callable
@@ -9,11 +12,14 @@ from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, TrackioTracker, WandBTracker
 from tqdm import tqdm
 
-from pretraining.arguments import one_line
+from pretraining.arguments import ProcessError, one_line
 from pretraining.files import write_text
 from pretraining.run import Run
 
 METRICS_FILE = "metrics.jsonl"
+EVENTS_FILE = "events.jsonl"  # what went wrong on the way
+UNSENT_FILE = "unsent.json"  # by tracker, the last step that it got, where it did not get all
+CLOCK = ("step", "tokens", "elapsed_seconds")  # of every line
 PROJECT = "gpt2scratch"
 # What a run that was cut short had sent after its checkpoint, tensorboard drops; the others keep both.
 TRACKERS: dict[str, Callable[[Path, int], GeneralTracker]] = {
@@ -44,16 +50,20 @@ class RunLog:
         settings: dict,
     ):
         self.is_main = accelerator.is_main_process
-        self.path = output_dir / METRICS_FILE
+        self.output_dir = output_dir
         self.trackers: dict[str, GeneralTracker] = {}
+        self.unsent: dict[str, int] = {}
         if self.is_main:
-            _truncate(self.path, first_step)
+            for name in (METRICS_FILE, EVENTS_FILE):
+                _truncate(output_dir / name, first_step)
+            self.unsent = _read_unsent(output_dir)
             # They take numbers, words and booleans, not lists or None.
             settings = {
                 key: value if isinstance(value, int | float) else str(value) for key, value in settings.items()
             }
             for name in report_to:
-                self.attempt(name, lambda name=name: self._open(name, output_dir, first_step, settings))
+                if not self.attempt(name, lambda name=name: self._open(name, output_dir, first_step, settings)):
+                    self._note_unsent(name, first_step)
         bar_is_here = accelerator.is_local_main_process
         self.bar = tqdm(total=max_steps, initial=first_step, desc="training", unit="step", disable=not bar_is_here)
 
@@ -64,16 +74,34 @@ class RunLog:
         self.bar.close()
         for name, tracker in list(self.trackers.items()):
             self.attempt(name, tracker.finish)
+        for name, step in self.unsent.items():
+            told = f"after step {step}" if step else "of this run"
+            print(
+                f"{name} has nothing {told}: the same command, when it can be reached, sends it from {METRICS_FILE}",
+                file=sys.stderr,
+            )
 
     def metrics(self, run: Run, values: dict[str, float]) -> None:
         """Append a line to metrics.jsonl and send it to the trackers."""
         if not self.is_main:
             return
-        clock = {"step": run.step, "tokens": run.tokens, "elapsed_seconds": round(run.elapsed_seconds, 3)}
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(clock | values) + "\n")
+        clock = dict(zip(CLOCK, (run.step, run.tokens, round(run.elapsed_seconds, 3)), strict=True))
+        self._append(METRICS_FILE, clock | values)
         for name, tracker in list(self.trackers.items()):
-            self.attempt(name, lambda tracker=tracker: tracker.log(values, step=run.step))
+            if not self.attempt(name, lambda tracker=tracker: tracker.log(values, step=run.step)):
+                self._note_unsent(name, run.step - 1)
+
+    def event(self, event: dict) -> None:
+        """Append a line to events.jsonl."""
+        if self.is_main:
+            self._append(EVENTS_FILE, event)
+
+    def _append(self, name: str, values: dict) -> None:
+        try:
+            with open(self.output_dir / name, "a", encoding="utf-8") as file:
+                file.write(json.dumps(values) + "\n")
+        except OSError as error:  # of the last checkpoint, all is there
+            raise ProcessError(f"{self.output_dir / name} cannot be written: {error.strerror}") from error
 
     def progress(self, step: int, **postfix: str) -> None:
         self.bar.update(step - self.bar.n)
@@ -86,18 +114,46 @@ class RunLog:
             self.bar.write(text)
 
     def _open(self, name: str, output_dir: Path, first_step: int, settings: dict) -> None:
-        tracker = TRACKERS[name](output_dir, first_step)
+        """Start a tracker, and send it what an earlier start of the program could not."""
+        sent = min(self.unsent.get(name, first_step), first_step)
+        tracker = TRACKERS[name](output_dir, sent)
         tracker.start()
-        self.trackers[name] = tracker
         tracker.store_init_configuration(settings)
+        if name in self.unsent:
+            for line in read_metrics(output_dir):
+                if line["step"] > sent:
+                    tracker.log({key: line[key] for key in line if key not in CLOCK}, step=line["step"])
+            del self.unsent[name]
+            _write_unsent(self.output_dir, self.unsent)
+        self.trackers[name] = tracker
 
-    def attempt(self, name: str, action: Callable[[], object]) -> None:
-        """A tracker or plot that fails, for no network, say, is done without: metrics.jsonl has all that they show."""
+    def _note_unsent(self, name: str, last_step: int) -> None:
+        self.unsent.setdefault(name, last_step)
+        with contextlib.suppress(OSError):  # it is said at the end as well
+            _write_unsent(self.output_dir, self.unsent)
+
+    def attempt(self, name: str, action: Callable[[], object]) -> bool:
+        """
+        Whether `action` came to its end. A tracker or plot that fails, for no network, say, is done without:
+        metrics.jsonl has all that they show.
+        """
         try:
             action()
         except Exception as error:
             self.trackers.pop(name, None)
             tqdm.write(f"warning: {name} failed, the run goes on without it: {one_line(error)}", file=sys.stderr)
+            return False
+        return True
+
+
+def send_unsent(
+    accelerator: Accelerator, output_dir: Path, report_to: list[str], last_step: int, settings: dict
+) -> None:
+    """Send trackers what they lack of a finished run."""
+    lacking = [name for name in report_to if name in _read_unsent(output_dir)]
+    if lacking:
+        with RunLog(accelerator, output_dir, last_step, last_step, lacking, settings) as log:
+            log.write(f"sent: {', '.join(log.trackers) or 'nothing'}")
 
 
 def read_metrics(output_dir: Path) -> list[dict]:
@@ -105,6 +161,18 @@ def read_metrics(output_dir: Path) -> list[dict]:
     if not path.is_file():
         return []
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def _read_unsent(output_dir: Path) -> dict[str, int]:
+    path = output_dir / UNSENT_FILE
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _write_unsent(output_dir: Path, unsent: dict[str, int]) -> None:
+    if unsent:
+        write_text(output_dir / UNSENT_FILE, json.dumps(unsent) + "\n")
+    else:
+        (output_dir / UNSENT_FILE).unlink(missing_ok=True)
 
 
 def _truncate(path: Path, last_step: int) -> None:

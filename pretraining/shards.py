@@ -155,6 +155,9 @@ def _check_description(info: dict) -> None:
     for value, kind in values:
         if not isinstance(value, kind):
             raise TypeError(f"{value!r} where {kind.__name__} is expected")
+    for name in (shard["file"] for split in info["splits"].values() for shard in split["shards"]):
+        if Path(name).is_absolute() or ".." in Path(name).parts:  # anybody can have written it
+            raise LookupError(f"{name} is not in the folder")
 
 
 def open_arrow_shard(path: Path, described: dict, block_size: int, vocab_size: int) -> TokenRows:

@@ -60,6 +60,10 @@ class TrainingData:
         """
         raise NotImplementedError
 
+    def row_numbers(self, split: "Split", seed: int, step: int, micro_step: int) -> list[int] | None:
+        """Which rows a micro-batch of one process has; None for a stream, whose rows have no numbers."""
+        return None
+
 
 @dataclass(frozen=True)
 class Split:
@@ -71,6 +75,10 @@ class Split:
     process_index: int
     num_workers: int
 
+    @property
+    def rows_per_step(self) -> int:
+        return self.batch_size * self.gradient_accumulation_steps * self.num_processes
+
 
 @dataclass
 class PackedData(TrainingData):
@@ -78,7 +86,14 @@ class PackedData(TrainingData):
     weights: list[float] = field(default_factory=list)
 
     def batches(self, split: Split, seed: int, first_step: int, position: dict | None) -> Iterator[torch.Tensor]:
-        order = RowOrder(
+        rows = concatenate([folder.train for folder in self.folders])
+        return iter(training_batches(rows, self._order(split, seed, first_step), split.num_workers))
+
+    def row_numbers(self, split: Split, seed: int, step: int, micro_step: int) -> list[int]:
+        return self._order(split, seed).rows(step, micro_step)
+
+    def _order(self, split: Split, seed: int, first_step: int = 0) -> RowOrder:
+        return RowOrder(
             num_rows=[len(folder.train) for folder in self.folders],
             batch_size=split.batch_size,
             gradient_accumulation_steps=split.gradient_accumulation_steps,
@@ -88,7 +103,6 @@ class PackedData(TrainingData):
             first_step=first_step,
             weights=self.weights,
         )
-        return iter(training_batches(concatenate([folder.train for folder in self.folders]), order, split.num_workers))
 
 
 def open_packed(

@@ -7,20 +7,23 @@ from pathlib import Path
 from typing import Literal
 
 from pretraining.arguments import UserError, flag
+from pretraining.identity import CHANGEABLE
 from pretraining.mixture import Schedule, Source, parse_mixture
 from pretraining.optim import SCHEDULES
 
 AT_LEAST_ONE = """block_size per_device_train_batch_size gradient_accumulation_steps tokens_per_step max_steps
-    logging_steps eval_steps eval_iters hellaswag_steps sample_steps save_steps save_total_limit"""
+    logging_steps eval_steps eval_iters hellaswag_steps sample_steps save_steps save_total_limit
+    max_nonfinite_steps ddp_timeout"""
 NOT_NEGATIVE = "learning_rate weight_decay max_grad_norm warmup_steps seed dataloader_num_workers"
-# Flags that do not decide the result, or whose effect a checkpoint has a record of: the data's fingerprint and the
-# size of the global batch, however it is split.
+# Flags that do not decide the result, or whose effect a checkpoint has a record of: the data's fingerprint, the config
+# and the size of the global batch, however it is split.
 NEUTRAL = """output_dir data_dir dataset_name dataset_config_name dataset_revision text_column train_file
     validation_file validation_split_percentage mixture tokenizer_name
     per_device_train_batch_size gradient_accumulation_steps tokens_per_step
     gradient_checkpointing torch_compile dataloader_num_workers
     logging_steps eval_steps eval_iters hellaswag_steps hellaswag_file sample_steps
-    sample_prompts save_steps save_total_limit resume_from_checkpoint report_to"""
+    sample_prompts save_steps save_total_limit resume_from_checkpoint allow_changes report_to
+    config_name config_overrides auto_batch_size max_nonfinite_steps ddp_timeout"""
 
 
 @dataclass
@@ -81,6 +84,19 @@ class TrainArguments:
     save_steps: int = flag(500, "steps between checkpoints")
     save_total_limit: int = flag(2, "how many checkpoints to keep, beside the one with the lowest eval_loss")
     resume_from_checkpoint: str = flag("auto", "`auto` (continue if there is a checkpoint), a checkpoint, or `none`")
+    allow_changes: list[str] = flag(
+        [], "what may differ from the checkpoint that the run goes on from", nargs="+", choices=CHANGEABLE
+    )
+    auto_batch_size: bool = flag(
+        False, "where a micro-batch does not fit into memory, halve it and double the accumulation"
+    )
+    max_nonfinite_steps: int = flag(
+        3, "so many steps in a row whose loss or gradients are not finite end the run; none of them changes weights"
+    )
+    skip_loss_spikes: bool = flag(
+        False, "leave out updates of steps whose loss is 6 standard deviations above the mean of the last 128"
+    )
+    ddp_timeout: int = flag(1800, "seconds after which a process that the others wait for counts as lost")
     report_to: list[str] = flag(
         ["tensorboard"], "trackers to send metrics to", nargs="+", choices=["none", "tensorboard", "wandb", "trackio"]
     )

@@ -16,7 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-IMPORTS = ["train_accelerate", "prepare_data", "pretraining.streamed_data", "torch._dynamo", "torch.utils.tensorboard"]
+IMPORTS = """train_accelerate prepare_data pretraining.streamed_data torch._dynamo torch.utils.tensorboard pandas
+    matplotlib.pyplot matplotlib.backends.backend_agg""".split()
 TIMEOUT = 300
 
 
@@ -85,6 +86,11 @@ def start_ranks(
     ]
 
 
+def run_ranks(num_processes: int, name: str, *arguments: object, **options) -> list[subprocess.CompletedProcess]:
+    """`start_ranks`, to their end."""
+    return [running.wait() for running in start_ranks(num_processes, name, *arguments, **options)]
+
+
 def wait_until(condition: Callable[[], bool], timeout: float = 60) -> None:
     deadline = time.monotonic() + timeout
     while not condition():
@@ -118,6 +124,7 @@ def _run_script(
 ) -> None:
     for descriptor, stream in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(os.path.join(folder, stream), os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
+    sys.stdout.reconfigure(line_buffering=True)  # what a process has said is not lost when it is killed
     os.environ.clear()
     os.environ.update(variables)
     os.chdir(cwd)

@@ -241,14 +241,14 @@ from pretraining.launch import open_accelerator
 from pretraining.optim import build_optimizers
 from train_accelerate import train_step
 
-accelerator = open_accelerator(PartialState(cpu=True), gradient_accumulation_steps=3, torch_compile=False)
+accelerator = open_accelerator(PartialState(cpu=True), 3, torch_compile=False, optim="adamw")
 model = tiny_model(qkv_bias=False).train()
 model, *optimizers = accelerator.prepare(model, *build_optimizers(model, "adamw", 6e-4, 0.1, accelerator.device))
 losses = []
 for batch in uneven_batches(20):
     parts = [{name: batch[name][start : start + 2] for name in batch} for start in range(0, 12, 2)]
-    loss, _ = train_step(model, optimizers, parts[accelerator.process_index :: 2], accelerator, max_grad_norm=1.0)
-    losses.append(accelerator.reduce(loss, "sum").item())
+    result = train_step(model, optimizers, parts[accelerator.process_index :: 2], accelerator, max_grad_norm=1.0)
+    losses.append(result.loss)
 if accelerator.is_main_process:
     save_file(dict(accelerator.unwrap_model(model).named_parameters()), "weights.safetensors")
     json.dump(losses, open("losses.json", "w"))

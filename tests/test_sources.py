@@ -335,7 +335,7 @@ def test_a_recipe_mixes_several_folders(small_shards, tmp_path):
     assert losses(tmp_path / "run") == log
     (tmp_path / "run/model.safetensors").unlink()
     weights = (f"{{data_dir: {small_shards}, weight: 2}}", f"{{data_dir: {tmp_path / 'other'}}}")
-    assert "was trained on other data" in script(*again, "--mixture", *weights).stderr
+    assert "is of other data" in script(*again, "--mixture", *weights).stderr
 
 
 def test_folders_that_do_not_fit_together_are_no_mixture(small_shards, tmp_path):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from accelerate import PartialState
 from conftest import TINY, launch, make_documents, metrics, succeed
+from processes import run_ranks
 from safetensors.torch import load_file
 
 from pretraining import corpus as corpus_module
@@ -184,7 +185,7 @@ def test_training_on_a_stream_resumes_bitwise(num_processes, num_workers, texts,
     if num_processes > 1:  # far enough for each to be at another document
         arguments += ("--per_device_train_batch_size", 128)
     flags = stream_flags(texts, tokenizer_dir, tmp_path / "run", *arguments)
-    succeed(launch(num_processes, "train_accelerate.py", *flags))
+    succeed(run_ranks(num_processes, "train_accelerate.py", *flags)[0])
     whole, log = load_file(tmp_path / "run/model.safetensors"), timeless(tmp_path / "run")
     streams = json.loads((tmp_path / "run/checkpoint-000006/position.json").read_text())["streams"]
     assert len(streams) == num_processes and (num_processes == 1 or streams[0] != streams[1])
@@ -192,16 +193,16 @@ def test_training_on_a_stream_resumes_bitwise(num_processes, num_workers, texts,
     assert "3 files, part-0.parquet to part-2.parquet" in (tmp_path / "run/README.md").read_text()
     (tmp_path / "run/model.safetensors").unlink()  # as if it had been killed before the end
 
-    assert "continuing from" in succeed(launch(num_processes, "train_accelerate.py", *flags)).stdout
+    assert "continuing from" in succeed(run_ranks(num_processes, "train_accelerate.py", *flags)[0]).stdout
     continued = load_file(tmp_path / "run/model.safetensors")
     assert all(torch.equal(whole[name], continued[name]) for name in whole)
     assert timeless(tmp_path / "run") == log
 
     if num_workers:
         (tmp_path / "run/model.safetensors").unlink()
-        refused = launch(num_processes, "train_accelerate.py", *flags, "--dataloader_num_workers", 1)
-        assert refused.returncode != 0
-        assert "a stream with dataloader_num_workers 2, now it would be 1" in refused.stderr
+        refused = run_ranks(num_processes, "train_accelerate.py", *flags, "--dataloader_num_workers", 1)[0]
+        assert refused.returncode == 2
+        assert "a stream with dataloader_num_workers 2, not 1: it has to stay" in refused.stderr
 
 
 def test_a_stream_that_cannot_be_read_stops_the_run_in_one_line_of_the_process_that_found_it(

@@ -1,0 +1,206 @@
+"""
+The checkpoints in a run folder: which of them are whole, which to go on from, and which to keep.
+
+A checkpoint is a folder `checkpoint-<step>` of plain files, listed with size and sha256 in its manifest.json. It comes
+under that name in one move, when it is whole, and leaves it in one move, before it is deleted; in between it is named
+INCOMPLETE. Other folders and links, whatever their names, are somebody else's.
+"""
+
+import contextlib
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from pretraining.arguments import UserError
+from pretraining.files import INCOMPLETE, sha256_of, sync, write_text
+
+MANIFEST = "manifest.json"
+FILES = ("config.json", "model.safetensors", "optimizer.pt", "rng.pt", "position.json")
+# Names that `checkpoint-*` does not match, by which people and programs look for the newest one.
+BEST = "best-checkpoint"
+ABANDONED = "abandoned-"
+DELETED = "deleted-"
+
+
+def checkpoint_folder(output_dir: Path, step: int) -> Path:
+    return output_dir / f"checkpoint-{step:06d}"
+
+
+def step_of(folder: Path) -> int | None:
+    """The step in a checkpoint's name, or None if the name is not a checkpoint's."""
+    match = re.fullmatch(r"checkpoint-(\d+)", folder.name)
+    return int(match[1]) if match else None
+
+
+def commit(folder: Path, final: Path) -> None:
+    """Write the manifest of a folder's files, flush all to the disk, and give it its final name."""
+    with ThreadPoolExecutor(2) as pool:
+        paths = sorted(path for path in folder.iterdir() if path.is_file())
+        files = {path.name: description for path, description in zip(paths, pool.map(_describe, paths), strict=True)}
+    write_text(folder / MANIFEST, json.dumps({"files": files}, indent=2) + "\n")
+    sync(folder / MANIFEST)
+    sync(folder)
+    if final.exists():  # not of this run, or it would have been set aside when the run went on from an earlier one
+        _set_aside(final)
+    os.replace(folder, final)
+    sync(final.parent)
+
+
+def verify(folder: Path) -> list[str]:
+    """What is wrong with a checkpoint, by its manifest: an empty list if it is whole."""
+    manifest = folder / MANIFEST
+    if not manifest.is_file() or manifest.is_symlink():
+        return [f"{folder} is not a whole checkpoint: it has no {MANIFEST}"]
+    try:
+        files = dict(json.loads(manifest.read_text(encoding="utf-8"))["files"])
+        sizes = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()}
+    except (OSError, ValueError, KeyError, TypeError):
+        return [f"{manifest} is damaged"]
+    problems = [
+        f"{folder} has no {name} in its {MANIFEST}: another version wrote it" for name in FILES if name not in files
+    ]
+    # Anybody can have written it: only what lies in the folder itself is looked at.
+    strange = [name for name in files if name != Path(name).name or (folder / name).is_symlink()]
+    problems += [f"{manifest} names {name!r}, which is not a plain file in the folder" for name in strange]
+    plain = [name for name in files if name not in strange]
+    with ThreadPoolExecutor(2) as pool:
+        found = pool.map(lambda name: _problem(folder / name, *sizes[name]), plain)
+        return problems + [problem for problem in found if problem]
+
+
+def complete_checkpoints(output_dir: Path) -> list[Path]:
+    """Checkpoints that have a manifest, oldest first."""
+    return [folder for folder in _checkpoints(output_dir) if (folder / MANIFEST).is_file()]
+
+
+def checkpoint_to_resume(output_dir: Path, resume_from_checkpoint: str) -> tuple[Path | None, list[str]]:
+    """
+    Args:
+        resume_from_checkpoint: `auto` (the last whole one of `output_dir`), `none`, or a checkpoint's folder.
+
+    Returns:
+        The checkpoint, None if there is none to go on from, and what is wrong with later ones that are passed over.
+
+    Raises:
+        UserError: if the folder that was named is not a whole checkpoint, or `output_dir` has only damaged ones.
+    """
+    if resume_from_checkpoint == "none":
+        return None, []
+    if resume_from_checkpoint != "auto":
+        folder = Path(resume_from_checkpoint)
+        problems = verify(folder) if folder.is_dir() else [f"--resume_from_checkpoint {folder}: no such folder"]
+        if problems:
+            raise UserError(*problems)
+        return folder, []
+    damages = []
+    for folder in reversed(_checkpoints(output_dir)):
+        problems = verify(folder)
+        if not problems:
+            return folder, damages
+        damages += problems
+    if damages:
+        raise UserError(
+            *damages,
+            f"no checkpoint of {output_dir} is whole: delete it, or choose another --output_dir, to start again",
+        )
+    return None, []
+
+
+def remove_litter(output_dir: Path) -> list[Path]:
+    """Delete what a program that was killed left half-done. Returns the checkpoints among it, never finished."""
+    unfinished = []
+    for path in output_dir.glob(f"*{INCOMPLETE}"):
+        name = Path(path.name.removesuffix(INCOMPLETE))
+        if step_of(name) is not None and path.is_dir() and not path.is_symlink():
+            unfinished.append(path)
+        elif not (name.name.startswith(DELETED) or name.name in ("final", BEST) or name.suffix in (".yaml", ".jsonl")):
+            continue
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    return sorted(unfinished)
+
+
+def set_aside_later(output_dir: Path, step: int) -> list[Path]:
+    """
+    Rename checkpoints of more than `step` steps, where a run goes on from an earlier one: they would be taken for its
+    own. Returns them under their new names.
+    """
+    aside = [_set_aside(folder) for folder in _checkpoints(output_dir) if step_of(folder) > step]
+    if aside:
+        mark_best(output_dir)
+    return aside
+
+
+def rotate(output_dir: Path, save_total_limit: int, keep: Iterable[Path | None]) -> None:
+    """Delete all but the last `save_total_limit` checkpoints and those of `keep`."""
+    for old in complete_checkpoints(output_dir)[:-save_total_limit]:
+        if old not in keep:
+            condemned = old.with_name(DELETED + old.name + INCOMPLETE)
+            os.replace(old, condemned)
+            shutil.rmtree(condemned)
+
+
+def best_checkpoint(output_dir: Path) -> tuple[Path, float] | None:
+    """The checkpoint with the lowest evaluation loss, and that loss; None if none was evaluated."""
+    scored = []
+    for folder in complete_checkpoints(output_dir):
+        with contextlib.suppress(OSError, ValueError, KeyError):  # a damaged one is not the best
+            eval_loss = json.loads((folder / "position.json").read_text(encoding="utf-8"))["eval_loss"]
+            if eval_loss is not None and math.isfinite(eval_loss):
+                scored.append((eval_loss, folder))
+    if not scored:
+        return None
+    eval_loss, folder = min(scored)
+    return folder, eval_loss
+
+
+def mark_best(output_dir: Path) -> Path | None:
+    """Have `best-checkpoint` point to the best checkpoint, and return that."""
+    best = best_checkpoint(output_dir)
+    if best is None:
+        return None
+    final, link = output_dir / BEST, output_dir / (BEST + INCOMPLETE)
+    if final.is_dir() and not final.is_symlink():  # as some ways to copy a run leave it
+        shutil.rmtree(final)
+    with contextlib.suppress(OSError):  # a file system without links: it is kept all the same
+        link.unlink(missing_ok=True)
+        link.symlink_to(best[0].name)
+        os.replace(link, final)
+    return best[0]
+
+
+def _checkpoints(output_dir: Path) -> list[Path]:
+    """Checkpoints, oldest first, with those that have lost files."""
+    found = [
+        folder
+        for folder in output_dir.glob("checkpoint-*")
+        if step_of(folder) is not None
+        and folder.is_dir()
+        and not folder.is_symlink()
+        and any((folder / name).exists() for name in (MANIFEST, *FILES))
+    ]
+    return sorted(found, key=step_of)
+
+
+def _set_aside(folder: Path) -> Path:
+    aside = folder.with_name(ABANDONED + folder.name)
+    shutil.rmtree(aside, ignore_errors=True)
+    os.replace(folder, aside)
+    return aside
+
+
+def _describe(path: Path) -> dict:
+    sync(path)
+    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+
+
+def _problem(path: Path, size: int, sha256: str) -> str | None:
+    if not path.is_file():
+        return f"{path} is missing"
+    if path.stat().st_size != size:
+        return f"{path} is damaged: it has {path.stat().st_size:,} bytes, not {size:,}"
+    return None if sha256_of(path) == sha256 else f"{path} is damaged: its sha256 is not the manifest's"

@@ -1,0 +1,142 @@
+"""The folder of a run, opened for one program at a time: to begin, or to go on where another one ended."""
+
+import contextlib
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+from accelerate import PartialState
+
+from pretraining import publish
+from pretraining.arguments import UserError
+from pretraining.checkpoint_folders import checkpoint_to_resume, complete_checkpoints, remove_litter
+from pretraining.files import locked, write_text
+from pretraining.identity import differences
+from pretraining.launch import on_main_process
+
+TRAINING_ARGS = "training_args.yaml"
+
+
+@dataclass(frozen=True)
+class Opened:
+    """
+    Attributes:
+        is_finished: the run there has come to its end.
+        checkpoint: to go on from, None to start at the beginning.
+        messages: what was found, and is passed over.
+    """
+
+    is_finished: bool = False
+    checkpoint: Path | None = None
+    messages: list[str] = field(default_factory=list)
+
+
+@contextlib.contextmanager
+def open_run_folder(output_dir: Path, arguments: dict, identity: dict, state: PartialState) -> Iterator[Opened]:
+    """
+    Make the run folder, or check that the run there is the one to go on with. Training_args.yaml is written if it is
+    to begin; one that goes on leaves that to `write_arguments`, when it has.
+
+    Args:
+        arguments: every flag.
+        identity: see `identity.identity`.
+
+    Raises:
+        UserError: on all processes, if the folder holds something else, is in use, or has a run that differs.
+    """
+    with contextlib.ExitStack() as stack:
+
+        def work() -> Opened:
+            _check_kind(output_dir)
+            is_new = not output_dir.exists()
+            try:
+                output_dir.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(f"--output_dir {output_dir} cannot be written: {error.strerror}") from None
+            stack.enter_context(
+                locked(output_dir, f"--output_dir {output_dir} is in use by another program: wait for it, or stop it")
+            )
+            try:
+                return _open(output_dir, arguments, identity)
+            except OSError as error:
+                raise UserError(f"--output_dir {output_dir} cannot be used: {error}") from None
+            except UserError:
+                if is_new:
+                    shutil.rmtree(output_dir)
+                raise
+
+        yield on_main_process(state, work)
+
+
+def write_arguments(output_dir: Path, arguments: dict) -> None:
+    """Write training_args.yaml, a recipe of the run."""
+    given = {key: value for key, value in arguments.items() if value is not None}
+    write_text(output_dir / TRAINING_ARGS, yaml.safe_dump(given, sort_keys=False, allow_unicode=True))
+
+
+def _check_kind(output_dir: Path) -> None:
+    if output_dir.exists() and not output_dir.is_dir():
+        raise UserError(f"--output_dir {output_dir} is not a folder")
+    names = {path.name for path in output_dir.iterdir()} if output_dir.exists() else set()
+    if names - {".lock"} and TRAINING_ARGS not in names:
+        raise UserError(f"--output_dir {output_dir} exists and is not a run folder: choose another")
+
+
+def _open(output_dir: Path, arguments: dict, identity: dict) -> Opened:
+    resume, has_checkpoints = arguments["resume_from_checkpoint"], bool(complete_checkpoints(output_dir))
+    is_finished = publish.is_finished(output_dir)
+    if resume == "none" and (has_checkpoints or is_finished):
+        raise UserError(
+            f"--output_dir {output_dir} holds a run already: delete it, or choose another, to start from step 0"
+        )
+    if is_finished:
+        _check_settings(output_dir, identity["settings"])
+        return Opened(is_finished=True)
+    if (
+        resume not in ("auto", "none")
+        and has_checkpoints
+        and not Path(resume).resolve().is_relative_to(output_dir.resolve())
+    ):
+        raise UserError(
+            f"--output_dir {output_dir} holds a run already, which --resume_from_checkpoint {resume} is not of: "
+            "choose another --output_dir, or go on with that run by --resume_from_checkpoint auto"
+        )
+    messages = [f"{path} was never finished, and is deleted" for path in remove_litter(output_dir)]
+    folder, damages = checkpoint_to_resume(output_dir, resume)
+    if folder is None:
+        write_arguments(output_dir, arguments)
+        return Opened(messages=messages)
+    messages += [f"passed over: {damage}" for damage in damages]
+    _check_position(folder, arguments["allow_changes"], identity)
+    return Opened(checkpoint=folder, messages=messages)
+
+
+def _check_settings(output_dir: Path, settings: dict) -> None:
+    path = output_dir / TRAINING_ARGS
+    try:
+        before = dict(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, yaml.YAMLError):
+        raise UserError(f"{path} is damaged: without it nobody knows what run this is") from None
+    problems = [
+        f"{output_dir} holds a finished run with --{key} {before.get(key)}, not {value}: choose another --output_dir"
+        for key, value in settings.items()
+        if key != "mixed_precision" and before.get(key) != value
+    ]
+    if problems:
+        raise UserError(*problems)
+
+
+def _check_position(folder: Path, allow_changes: list[str], identity: dict) -> None:
+    try:
+        position = json.loads((folder / "position.json").read_text(encoding="utf-8"))
+        step, before = int(position["step"]), dict(position["identity"])
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{folder} is of another version of this program, whose checkpoints are other ones") from None
+    max_steps = identity["settings"]["max_steps"]
+    if step >= max_steps:
+        raise UserError(f"{folder} has --max_steps {max_steps} behind it: nothing is left to train")
+    if problems := differences(before, identity, allow_changes):
+        raise UserError(*(f"{folder} is of {problem}" for problem in problems))
