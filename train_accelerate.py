@@ -14,7 +14,7 @@ Running the same command again continues from the last checkpoint.
 import math
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from signal import Signals
@@ -32,7 +32,7 @@ from eval_hellaswag import EncodedItem, encode_items, load_hub_items, load_items
 from pretraining import hardware, publish
 from pretraining.anomalies import FINE, NOT_FINITE, SPIKE, Anomalies
 from pretraining.arguments import ProcessError, UserError, parse_arguments, run_script
-from pretraining.checkpoint import LoopState, full_weights, generator_states, load_checkpoint, save_checkpoint
+from pretraining.checkpoint import CheckpointWriter, LoopState, full_weights, generator_states, load_checkpoint
 from pretraining.checkpoint_folders import BEST, best_checkpoint, checkpoint_folder, set_aside_later
 from pretraining.evaluation import encode_prompts, evaluate, write_samples
 from pretraining.identity import identity
@@ -46,7 +46,7 @@ from pretraining.launch import (
     open_accelerator,
     open_state,
 )
-from pretraining.memory import fitting_batch_size, try_micro_batch
+from pretraining.memory import fit_into_memory
 from pretraining.models import build_model, check_fit, load_config
 from pretraining.optim import build_optimizers, learning_rate_factor, parameter_groups, set_learning_rate
 from pretraining.plots import plot_hellaswag, plot_loss
@@ -55,7 +55,8 @@ from pretraining.run import Run
 from pretraining.run_folder import open_run_folder, write_arguments
 from pretraining.runlog import EVENTS_FILE, RunLog, read_metrics, send_unsent
 from pretraining.signals import STOPPED, StopSignals
-from pretraining.sources import Split, TrainingData, open_packed
+from pretraining.sources import TrainingData, open_packed
+from pretraining.split import Split, accumulation_steps
 from pretraining.steps import StepResult, suspects, train_step
 from pretraining.tokenizer import tokenizer_fingerprint
 from pretraining.training_arguments import TrainArguments
@@ -63,6 +64,7 @@ from pretraining.watchdog import Watchdog
 
 # The speed of a run is told once so many steps are behind it: the first ones warm up, or compile.
 STEPS_TO_MEASURE = 5
+SAVING_FAILED = -1  # among the notes of a step, where the others are numbers of signals
 
 
 def main() -> None:
@@ -113,6 +115,8 @@ def start(args: TrainArguments, state: PartialState, watchdog: Watchdog) -> bool
         if folder.is_finished:
             state.print(f"{output_dir} holds a finished run; to train again, delete it or choose another --output_dir")
             send_unsent(accelerator, output_dir, args.trackers(), args.max_steps, asdict(args))
+            if args.push_to_hub and state.is_main_process:
+                print(f"published as {publish.push(output_dir, hub_name(args))}")
         else:
             is_stopped = train(args, accelerator, config, data, split, who, hellaswag, folder.checkpoint, watchdog)
     # The model first, then the process group: destroyed with a DDP model still referring to it, gloo's threads and
@@ -190,9 +194,24 @@ def train(
     accelerator.print(summary(args, accelerator, data, run.tokens_per_step, groups))
     is_same_data = position and position["identity"]["data"] == who["data"]
     batches = data.batches(split, args.seed, run.step, position["stream"] if is_same_data else None)
-    with RunLog(accelerator, output_dir, run.step, args.max_steps, args.trackers(), asdict(args)) as log:
+    with (
+        RunLog(accelerator, output_dir, run.step, args.max_steps, args.trackers(), asdict(args)) as log,
+        CheckpointWriter(accelerator, output_dir, model, optimizers, args.save_total_limit) as writer,
+    ):
         training = Training(
-            args, run, accelerator, model, optimizers, split, batches, data, hellaswag, log, anomalies, watchdog
+            args,
+            run,
+            accelerator,
+            model,
+            optimizers,
+            split,
+            batches,
+            data,
+            hellaswag,
+            log,
+            writer,
+            anomalies,
+            watchdog,
         )
         try:
             is_stopped = training.loop(is_due=bool(position and position["is_due"]))
@@ -207,37 +226,6 @@ def train(
     if not is_stopped:
         finish(args, run, accelerator, model, data, training.samples)
     return is_stopped
-
-
-def fit_into_memory(
-    args: TrainArguments, accelerator: Accelerator, model: nn.Module, data: TrainingData, split: Split
-) -> Split:
-    """
-    The split, or with --auto_batch_size one of smaller micro-batches that fit into memory, the global batch the same.
-
-    Raises:
-        UserError: if the micro-batches do not fit, with the size of ones that do.
-    """
-    vocab_size = accelerator.unwrap_model(model).config.vocab_size
-
-    def try_batch(batch_size: int) -> None:
-        rows = torch.zeros(batch_size, data.block_size, dtype=torch.int32)
-        document_token_id = data.tokenizer.eos_token_id if args.document_attention else None
-        try_micro_batch(model, model_inputs(rows, accelerator.device, document_token_id, vocab_size), accelerator)
-
-    batch_size = fitting_batch_size(try_batch, split.batch_size)
-    if batch_size == split.batch_size:
-        return split
-    accumulation = split.gradient_accumulation_steps * split.batch_size // batch_size
-    fits = f"--per_device_train_batch_size {batch_size} with --gradient_accumulation_steps {accumulation}"
-    if not args.auto_batch_size:
-        raise UserError(
-            f"out of memory with --per_device_train_batch_size {split.batch_size}: {fits} fits and trains the same "
-            "(--auto_batch_size goes on with it)"
-        )
-    accelerator.print(f"out of memory with {split.batch_size} rows at once: going on with {fits}")
-    accelerator.gradient_accumulation_steps = accumulation
-    return replace(split, batch_size=batch_size, gradient_accumulation_steps=accumulation)
 
 
 def summary(
@@ -285,6 +273,7 @@ class Training:
     data: TrainingData
     hellaswag: list[EncodedItem]
     log: RunLog
+    writer: CheckpointWriter
     anomalies: Anomalies
     watchdog: Watchdog
     samples: list[str] = field(default_factory=list)
@@ -319,12 +308,20 @@ class Training:
                     self.write_metrics(result, learning_rate)
                 elif run.step == self.first_step + 1:
                     run.restart_interval()  # to compile, or to warm up, is not training speed
+                if SAVING_FAILED in result.notes:
+                    self.writer.wait()  # which raises what it was
                 if any(result.notes) and not is_last:
                     self.save_checkpoint(is_due=True)
+                    self.writer.wait()
                     self.say_stopped(result.notes)
                     return True
                 self.do_what_is_due()
+        self.writer.wait()
         return False
+
+    def note(self, signals: StopSignals) -> int:
+        """What the other processes have to know at the end of a step."""
+        return SAVING_FAILED if self.writer.has_failed() else signals.received()
 
     def step(self, signals: StopSignals) -> tuple[StepResult, float]:
         """One step, and what is to be said of it if it went wrong. Returns its result and its learning rate."""
@@ -346,7 +343,7 @@ class Training:
             self.accelerator,
             args.max_grad_norm,
             self.anomalies.may_update,
-            signals.received,
+            lambda: self.note(signals),
         )
         run.step += 1
         if self.anomalies.verdict != FINE:
@@ -402,6 +399,7 @@ class Training:
         is_there = on_main_process(self.accelerator.state, lambda: folder.exists())
         if step and not is_there:
             self.save_checkpoint(state=state)
+        self.writer.wait()
         saved = f"{folder} is from before" if step else "there is no checkpoint from before"
         raise UserError(
             f"{run.step - step} steps in a row were left out, the last as {sentence(event)}. {saved}: a lower "
@@ -506,9 +504,7 @@ class Training:
         """
         state = state or self.state()
         state.position["is_due"] = is_due
-        save_checkpoint(
-            self.accelerator, self.output_dir, self.model, self.optimizers, state, self.args.save_total_limit
-        )
+        self.writer.save(state)
         self.run.restart_interval()
 
     def plain_model(self) -> PreTrainedModel:
@@ -531,7 +527,7 @@ def finish(
     unwrapped = accelerator.unwrap_model(model, keep_torch_compile=False)
     evaluation = [line for line in read_metrics(Path(args.output_dir)) if "eval_loss" in line][-1]
     record = publish.RunRecord(
-        name=args.output_dir,
+        name=hub_name(args) if args.push_to_hub else args.output_dir,
         parameters=unwrapped.num_parameters(),
         tokens=run.tokens,
         steps=run.step,
@@ -555,34 +551,15 @@ def finish(
     best = best_checkpoint(Path(args.output_dir))
     if best and best[1] < evaluation["eval_loss"]:
         print(f"{best[0]} ({BEST}) has a lower eval_loss than the final model: {best[1]:.4f}")
+    if args.push_to_hub:
+        try:
+            print(f"published as {publish.push(Path(args.output_dir), hub_name(args))}")
+        except UserError as error:
+            print(f"warning: {error}; the same command, when it can be reached, publishes the run", file=sys.stderr)
 
 
-def tokens_per_micro_step(args: TrainArguments, block_size: int, num_processes: int) -> int:
-    """Tokens that all processes together have in one forward pass."""
-    return args.per_device_train_batch_size * block_size * num_processes
-
-
-def accumulation_steps(args: TrainArguments, block_size: int, num_processes: int) -> int:
-    """
-    Micro-batches in an optimizer step.
-
-    Raises:
-        UserError: if `--tokens_per_step` is not a multiple of what all processes have at once.
-    """
-    if not args.tokens_per_step:
-        return args.gradient_accumulation_steps or 1
-    unit = tokens_per_micro_step(args, block_size, num_processes)
-    steps, rest = divmod(args.tokens_per_step, unit)
-    if rest or not steps:
-        possible = " or ".join(str(unit * count) for count in (steps, steps + 1) if count)
-        rows, odd = divmod(args.tokens_per_step, block_size)
-        fitting = [str(count) for count in range(1, 2 * num_processes + 1) if not odd and rows % count == 0]
-        raise UserError(
-            f"--tokens_per_step {args.tokens_per_step} is not a multiple of {unit} (block {block_size} x batch "
-            f"{args.per_device_train_batch_size} x {num_processes} processes); nearest: {possible}"
-            + (f"; its {rows} rows can be split over {', '.join(fitting)} processes" if fitting else "")
-        )
-    return steps
+def hub_name(args: TrainArguments) -> str:
+    return args.hub_model_id or Path(args.output_dir).name
 
 
 if __name__ == "__main__":

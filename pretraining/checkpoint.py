@@ -14,7 +14,7 @@ model was wrapped or sharded, and of several machines only the first one needs t
 import json
 import pickle
 import shutil
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,64 +69,98 @@ def full_weights(accelerator: Accelerator, model: nn.Module) -> dict[str, torch.
     return weights
 
 
-def save_checkpoint(
-    accelerator: Accelerator,
-    output_dir: Path,
-    model: nn.Module,
-    optimizers: list[Optimizer],
-    state: LoopState,
-    save_total_limit: int,
-) -> None:
+class CheckpointWriter:
     """
-    Write `checkpoint-<step>` of all processes, mark the best one, and delete the oldest of the others beyond
-    `save_total_limit`.
+    Saves checkpoints while training goes on: what they hold is copied at once, by all processes together, and written
+    by a thread of the first one. A context manager, which waits for the thread.
 
     Args:
         model, optimizers: as `accelerator.prepare` returned them.
-
-    Raises:
-        UserError: on all processes, if a weight is not finite, or the files cannot be written. Earlier checkpoints
-            are as they were then.
+        save_total_limit: how many to keep, beside the best one.
     """
-    weights = full_weights(accelerator, model)
-    optimizer_state = {"optimizers": get_optimizer_state_dict(model, _unwrapped(optimizers), options=WHOLE)}
-    if accelerator.scaler is not None:
-        optimizer_state["scaler"] = accelerator.scaler.state_dict()
-    generators = gather_object([state.generators])
-    position = {**state.position, "streams": gather_object([state.stream])}
 
-    def write() -> None:
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        output_dir: Path,
+        model: nn.Module,
+        optimizers: list[Optimizer],
+        save_total_limit: int,
+    ):
+        self.accelerator = accelerator
+        self.output_dir = output_dir
+        self.model = model
+        self.optimizers = optimizers
+        self.save_total_limit = save_total_limit
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._task: Future | None = None
+
+    def __enter__(self) -> "CheckpointWriter":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._thread.shutdown()
+
+    def save(self, state: LoopState) -> None:
+        """
+        Begin to write `checkpoint-<step>`, once the one before it is written. All processes have to call this.
+
+        Raises:
+            UserError: on all processes, if the one before could not be written; see `wait`.
+        """
+        self.wait()
+        weights = full_weights(self.accelerator, self.model)
+        optimizers = _unwrapped(self.optimizers)
+        optimizer_state = {"optimizers": get_optimizer_state_dict(self.model, optimizers, options=WHOLE)}
+        if self.accelerator.scaler is not None:
+            optimizer_state["scaler"] = self.accelerator.scaler.state_dict()
+        generators = gather_object([state.generators])
+        position = {**state.position, "streams": gather_object([state.stream])}
+        if self.accelerator.is_main_process:
+            if self.accelerator.device.type == "cpu":  # from a GPU they are copies already
+                weights, optimizer_state = _copied(weights), _copied(optimizer_state)
+            self._task = self._thread.submit(self._write, weights, optimizer_state, generators, position)
+
+    def has_failed(self) -> bool:
+        """Whether the last one could not be written, as far as this process knows, without waiting for it."""
+        return self._task is not None and self._task.done() and self._task.exception() is not None
+
+    def wait(self) -> None:
+        """
+        Until the last checkpoint is written. All processes have to call this.
+
+        Raises:
+            UserError: on all processes, if a weight was not finite, or the files could not be written. Earlier
+                checkpoints are as they were then.
+        """
+        task, self._task = self._task, None
+        on_main_process(self.accelerator.state, lambda: task and task.result())
+
+    def _write(self, weights: dict, optimizer_state: dict, generators: list, position: dict) -> None:
         step = position["step"]
         if not all(weight.isfinite().all() for weight in weights.values()):
             raise UserError(
                 f"the weights after step {step} are not finite, they are not saved: a lower --learning_rate may help"
             )
-        final = checkpoint_folder(output_dir, step)
+        final = checkpoint_folder(self.output_dir, step)
         folder = final.with_name(final.name + INCOMPLETE)
-        unwrapped = accelerator.unwrap_model(model, keep_torch_compile=False)
+        unwrapped = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         try:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
-            with ThreadPoolExecutor(2) as pool:
-                tasks = [
-                    pool.submit(unwrapped.save_pretrained, folder, state_dict=weights),
-                    pool.submit(torch.save, optimizer_state, folder / "optimizer.pt"),
-                ]
-            for task in tasks:
-                task.result()
+            unwrapped.save_pretrained(folder, state_dict=weights)
+            torch.save(optimizer_state, folder / "optimizer.pt")
             torch.save(generators, folder / "rng.pt")
             write_text(folder / "position.json", json.dumps(position, indent=2) + "\n")
             commit(folder, final)
-            rotate(output_dir, save_total_limit, keep=[final, mark_best(output_dir)])
+            rotate(self.output_dir, self.save_total_limit, keep=[final, mark_best(self.output_dir)])
         except (OSError, SafetensorError, RuntimeError) as error:  # the last is what torch.save makes of a full disk
             shutil.rmtree(folder, ignore_errors=True)
-            free = shutil.disk_usage(output_dir).free / 1e6
+            free = shutil.disk_usage(self.output_dir).free / 1e6
             raise UserError(
                 f"{final} cannot be written, with {free:,.0f} MB free on the disk: {one_line(error)}; earlier "
                 "checkpoints are whole, and the same command goes on from the last one"
             ) from error
-
-    on_main_process(accelerator.state, write)
 
 
 def load_checkpoint(accelerator: Accelerator, folder: Path, model: nn.Module, optimizers: list[Optimizer]) -> dict:
@@ -206,6 +240,15 @@ def _aliases(accelerator: Accelerator, model: nn.Module) -> dict[str, str]:
         else:
             first[parameter] = name
     return aliases
+
+
+def _copied(state: object) -> object:
+    """The same with tensors of its own, which do not change when those of `state` do."""
+    if isinstance(state, dict):
+        return {key: _copied(value) for key, value in state.items()}
+    if isinstance(state, list):
+        return [_copied(value) for value in state]
+    return state.clone() if isinstance(state, torch.Tensor) else state
 
 
 def _unwrapped(optimizers: list[Optimizer]) -> list[Optimizer]:

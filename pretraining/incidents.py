@@ -7,7 +7,8 @@ import torch
 from accelerate.utils import gather_object
 
 from pretraining.anomalies import NOT_FINITE, WINDOW, Anomalies
-from pretraining.sources import Split, TrainingData
+from pretraining.sources import TrainingData
+from pretraining.split import Split
 from pretraining.steps import StepResult
 
 SHOWN_TOKENS, SHOWN_ROWS = 32, 8

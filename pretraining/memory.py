@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from accelerate import Accelerator
@@ -10,7 +11,42 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import nn
 
 from pretraining.arguments import UserError
+from pretraining.inputs import model_inputs
 from pretraining.launch import is_sharded
+from pretraining.sources import TrainingData
+from pretraining.split import Split
+from pretraining.training_arguments import TrainArguments
+
+
+def fit_into_memory(
+    args: TrainArguments, accelerator: Accelerator, model: nn.Module, data: TrainingData, split: Split
+) -> Split:
+    """
+    The split, or with --auto_batch_size one of smaller micro-batches that fit into memory, the global batch the same.
+
+    Raises:
+        UserError: if the micro-batches do not fit, with the size of ones that do.
+    """
+    vocab_size = accelerator.unwrap_model(model).config.vocab_size
+
+    def try_batch(batch_size: int) -> None:
+        rows = torch.zeros(batch_size, data.block_size, dtype=torch.int32)
+        document_token_id = data.tokenizer.eos_token_id if args.document_attention else None
+        try_micro_batch(model, model_inputs(rows, accelerator.device, document_token_id, vocab_size), accelerator)
+
+    batch_size = fitting_batch_size(try_batch, split.batch_size)
+    if batch_size == split.batch_size:
+        return split
+    accumulation = split.gradient_accumulation_steps * split.batch_size // batch_size
+    fits = f"--per_device_train_batch_size {batch_size} with --gradient_accumulation_steps {accumulation}"
+    if not args.auto_batch_size:
+        raise UserError(
+            f"out of memory with --per_device_train_batch_size {split.batch_size}: {fits} fits and trains the same "
+            "(--auto_batch_size goes on with it)"
+        )
+    accelerator.print(f"out of memory with {split.batch_size} rows at once: going on with {fits}")
+    accelerator.gradient_accumulation_steps = accumulation
+    return replace(split, batch_size=batch_size, gradient_accumulation_steps=accumulation)
 
 
 def try_micro_batch(model: nn.Module, inputs: dict, accelerator: Accelerator) -> None:

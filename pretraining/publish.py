@@ -6,13 +6,19 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import HfApi, ModelCard, ModelCardData
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from pretraining.arguments import UserError, one_line
 from pretraining.files import INCOMPLETE
 from pretraining.publish_data import table
 
 WEIGHTS = "model.safetensors"
+
+# Of a run folder. No checkpoints, logs or trackers' files.
+PUBLISHED = """config.json generation_config.json model*.safetensors* tokenizer*.json vocab.json merges.txt
+    special_tokens_map.json added_tokens.json modeling_gpt2scratch.py configuration_gpt2scratch.py packing.py
+    linear_cross_entropy.py README.md plots/*.png""".split()
 
 USAGE = """```python
 from transformers import pipeline
@@ -85,6 +91,27 @@ def export(
     for path in sorted(folder.iterdir(), key=lambda path: path.name == WEIGHTS):
         os.replace(path, output_dir / path.name)
     folder.rmdir()
+
+
+def push(output_dir: Path, repo_id: str) -> str:
+    """
+    Publish a finished run as a model on the Hub, in one commit. Returns its address.
+
+    Raises:
+        UserError: if the Hub refuses, or cannot be reached. There is no half of it then.
+    """
+    api = HfApi()
+    try:
+        repo_id = api.create_repo(repo_id, exist_ok=True).repo_id
+        commit = api.upload_folder(
+            repo_id=repo_id,
+            folder_path=output_dir,
+            allow_patterns=PUBLISHED,
+            commit_message="Trained by gpt2scratch",
+        )
+    except Exception as error:  # a refused token, no network, a full repository: of several libraries
+        raise UserError(f"--push_to_hub {repo_id} failed: {one_line(error)}") from None
+    return f"{repo_id}, revision {commit.oid}"
 
 
 def duration(hours: float) -> str:

@@ -21,6 +21,7 @@ from pretraining.data import DataFolder, PackedDataset, RowOrder, concatenate, o
 from pretraining.launch import on_every_process
 from pretraining.mixture import Source
 from pretraining.shards import read_data_folder
+from pretraining.split import Split
 from pretraining.tokenizer import load_tokenizer, tokenizer_fingerprint
 
 BLOCK_SIZE = 1024  # where neither the data nor a flag says: GPT-2's
@@ -47,11 +48,11 @@ class TrainingData:
         """What the sources are, in a line."""
         return ", ".join(f"{source['name']} (revision {source['revision']})" for source in self.sources)
 
-    def binding(self, split: "Split") -> dict:
+    def binding(self, split: Split) -> dict:
         """What has to be the same for a checkpoint's position to mean the same, beyond the global batch."""
         return {}
 
-    def batches(self, split: "Split", seed: int, first_step: int, position: dict | None) -> Iterator[torch.Tensor]:
+    def batches(self, split: Split, seed: int, first_step: int, position: dict | None) -> Iterator[torch.Tensor]:
         """
         Micro-batches (batch_size, block_size) of one process, endless, from `first_step` on.
 
@@ -60,24 +61,9 @@ class TrainingData:
         """
         raise NotImplementedError
 
-    def row_numbers(self, split: "Split", seed: int, step: int, micro_step: int) -> list[int] | None:
+    def row_numbers(self, split: Split, seed: int, step: int, micro_step: int) -> list[int] | None:
         """Which rows a micro-batch of one process has; None for a stream, whose rows have no numbers."""
         return None
-
-
-@dataclass(frozen=True)
-class Split:
-    """How a global batch is divided."""
-
-    batch_size: int
-    gradient_accumulation_steps: int
-    num_processes: int
-    process_index: int
-    num_workers: int
-
-    @property
-    def rows_per_step(self) -> int:
-        return self.batch_size * self.gradient_accumulation_steps * self.num_processes
 
 
 @dataclass

@@ -13,7 +13,8 @@ from pretraining.data import PackedDataset
 from pretraining.encoding import Encoder
 from pretraining.mixture import Source
 from pretraining.shards import TokenRows
-from pretraining.sources import BLOCK_SIZE, Split, TrainingData, digest, named
+from pretraining.sources import BLOCK_SIZE, TrainingData, digest, named
+from pretraining.split import Split
 from pretraining.stream import PackedStream, StreamBatches
 from pretraining.tokenizer import load_tokenizer, tokenizer_fingerprint
 

@@ -23,7 +23,7 @@ NEUTRAL = """output_dir data_dir dataset_name dataset_config_name dataset_revisi
     gradient_checkpointing torch_compile dataloader_num_workers
     logging_steps eval_steps eval_iters hellaswag_steps hellaswag_file sample_steps
     sample_prompts save_steps save_total_limit resume_from_checkpoint allow_changes report_to
-    config_name config_overrides auto_batch_size max_nonfinite_steps ddp_timeout"""
+    push_to_hub hub_model_id config_name config_overrides auto_batch_size max_nonfinite_steps ddp_timeout"""
 
 
 @dataclass
@@ -101,6 +101,9 @@ class TrainArguments:
         ["tensorboard"], "trackers to send metrics to", nargs="+", choices=["none", "tensorboard", "wandb", "trackio"]
     )
 
+    push_to_hub: bool = flag(False, "publish the final model on the Hub")
+    hub_model_id: str = flag(None, "under this name; that of the run folder if left out")
+
     def problems(self) -> list[str]:
         found = [] if self.output_dir else ["--output_dir is required"]
         found += self.problems_of_sources()
@@ -124,6 +127,8 @@ class TrainArguments:
             found.append("--hellaswag_file is for --hellaswag_steps: give both")
         if self.hellaswag_file and not Path(self.hellaswag_file).is_file():
             found.append(f"--hellaswag_file {self.hellaswag_file} is not a file")
+        if self.hub_model_id and not self.push_to_hub:
+            found.append(f"--hub_model_id {self.hub_model_id} is for --push_to_hub: give both")
         if "none" in self.report_to and self.trackers():
             found.append(f"--report_to none leaves no place for {', '.join(self.trackers())}")
         for name in self.trackers():

@@ -425,3 +425,15 @@ def test_bad_input_is_one_clear_line_and_writes_nothing(arguments, message, tmp_
     assert len(errors) == 1, lines
     assert message.replace("{tmp}", str(tmp_path)) in errors[0]
     assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("name", ["../outside.arrow", "train/../../outside.arrow", "{tmp}/outside.arrow"])
+def test_a_data_folder_that_leads_out_of_itself_is_refused(name, packed, tmp_path):
+    folder = shutil.copytree(packed, tmp_path / "data")
+    info = json.loads((folder / "dataset.json").read_text())
+    shard = info["splits"]["train"]["shards"][0]
+    shutil.copy(folder / shard["file"], tmp_path / "outside.arrow")
+    shard["file"] = name.replace("{tmp}", str(tmp_path))
+    (folder / "dataset.json").write_text(json.dumps(info))
+    with pytest.raises(UserError, match=r"dataset.json is damaged .*is not in the folder"):
+        open_data_folder(folder)

@@ -17,7 +17,7 @@ from pretraining import corpus as corpus_module
 from pretraining.arguments import UserError, parse_arguments
 from pretraining.corpus import is_for_validation, local_corpus
 from pretraining.mixture import Source
-from pretraining.sources import Split
+from pretraining.split import Split
 from pretraining.stream import RowStream
 from pretraining.streamed_data import open_streams
 from pretraining.tokenizer import load_tokenizer, train_tokenizer

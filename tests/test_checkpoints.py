@@ -1,0 +1,341 @@
+"""Checkpoints: killed while saving, full disks, damage, payloads, and what may differ. See docs/reliability.md."""
+
+import functools
+import hashlib
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import REPOSITORY, TINY, metrics, script, succeed
+from faults import (
+    DROPOUT,
+    assert_equal,
+    flags,
+    kill_oneself,
+    signal_in,
+)
+from processes import run_ranks, start, wait_until
+
+import train_accelerate
+from pretraining.checkpoint_folders import checkpoint_to_resume, complete_checkpoints, verify
+from pretraining.signals import STOPPED
+
+# Rows 2, 7: killed while saving
+
+
+def kill_at_file_event(number: int, folder: str) -> None:
+    """SIGKILL before a call, counted from 1, that makes, renames, links or deletes something of a checkpoint."""
+    calls = 0
+
+    def hook(event: str, arguments: tuple) -> None:
+        nonlocal calls
+        writes = event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.symlink", "shutil.rmtree")
+        writes = writes or (event == "open" and isinstance(arguments[1], str) and "w" in arguments[1])
+        if writes and "checkpoint-" in str(arguments[0]) and str(arguments[0]).startswith(folder):
+            calls += 1
+            if calls == number:
+                kill_oneself(signal.SIGKILL)
+
+    sys.addaudithook(hook)
+
+
+@pytest.mark.parametrize(("num_processes", "stride"), [(1, 1), (2, 11)])
+def test_killed_at_any_moment_of_saving_the_next_start_takes_the_last_whole_checkpoint(
+    num_processes, stride, data_dir, tmp_path
+):
+    """One run, killed in its first save after each start, each time some calls later, until that save is through."""
+    output_dir, number, litter, skipped = tmp_path / "run", 1, [], 0
+    last = None  # the last whole checkpoint
+    more = ("--max_steps", 120, "--save_steps", 3, "--save_total_limit", 1, "--eval_steps", 5)
+    arguments = flags(data_dir, output_dir, *more, "--per_device_train_batch_size", 1)
+    for number in range(1, 100, stride):
+        fault = functools.partial(kill_at_file_event, number, str(output_dir))
+        result, *others = run_ranks(num_processes, "train_accelerate.py", *arguments, faults={0: fault})
+        assert result.returncode == -signal.SIGKILL, result.stderr
+        assert all(other.returncode == 1 and "process 0 does not answer" in other.stderr for other in others)
+        if last:
+            assert f"continuing from {last}\n" in result.stdout
+        for path in litter:
+            assert f"{path} was never finished, and is deleted" in result.stdout
+        skipped += len(litter)
+        whole = [folder for folder in complete_checkpoints(output_dir) if not verify(folder)]
+        assert len(whole) >= (last is not None)  # the one before is not deleted before the new one is there
+        before, last = last, whole[-1] if whole else None
+        litter = list(output_dir.glob("checkpoint-*.incomplete"))
+        if before and int(last.name[-6:]) >= int(before.name[-6:]) + 6:
+            break  # it came to its second save
+    assert number > 15 and skipped >= 10 / stride
+
+    result, *_ = run_ranks(num_processes, "train_accelerate.py", *arguments)
+    assert f"continuing from {last}\n" in succeed(result).stdout
+    assert not [path for path in output_dir.rglob("*") if "incomplete" in path.name or "abandoned" in path.name]
+    arguments = flags(data_dir, tmp_path / "whole", *more, "--per_device_train_batch_size", 1)
+    succeed(run_ranks(num_processes, "train_accelerate.py", *arguments)[0])
+    assert_equal(output_dir, tmp_path / "whole")
+
+
+# Rows 4, 5: what may change in the middle of a run, and what may not
+
+
+@pytest.fixture(scope="module")
+def stopped_run(data_dir, tmp_path_factory) -> Path:
+    """A run of 6 steps, stopped after the fifth, with checkpoints of steps 2, 4 and 5."""
+    output_dir = tmp_path_factory.mktemp("stopped") / "run"
+    arguments = flags(data_dir, output_dir, "--max_steps", 6, "--save_steps", 2)
+    assert start("train_accelerate.py", *arguments, fault=signal_in(5, 0, signal.SIGTERM)).wait().returncode == STOPPED
+    return output_dir
+
+
+@pytest.fixture
+def stopped(stopped_run, tmp_path) -> Path:
+    """A copy of it."""
+    return shutil.copytree(stopped_run, tmp_path / "run", symlinks=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (("--learning_rate", 1e-5), "--learning_rate 0.0006, not 1e-05: choose another --output_dir, or go on all"),
+        (("--seed", 7), "--seed 42, not 7: choose another --output_dir"),
+        (("--optim", "muon"), "--optim adamw, not muon: choose another --output_dir"),
+        (("--max_grad_norm", 0), "--max_grad_norm 1.0, not 0.0: choose another --output_dir, or go on all"),
+        (("--config_overrides", DROPOUT.replace("n_layer=2", "n_layer=3")), "a model of n_layer 2, not 3: choose"),
+        (
+            ("--config_overrides", TINY + ",attn_pdrop=0.1,resid_pdrop=0.1"),
+            "a model of embd_pdrop 0.1, not 0.0: choose",
+        ),
+        (("--gradient_accumulation_steps", 3), "256 tokens per step, not 384: --tokens_per_step 256 keeps it"),
+        (("--data_dir", "other"), "other data: on documents.jsonl (revision "),
+        (("--data_dir", "other"), "another tokenizer: of the fingerprint "),
+        (("--max_steps", 4), "has --max_steps 4 behind it: nothing is left to train"),
+        (("--resume_from_checkpoint", "none"), "holds a run already: delete it, or choose another"),
+    ],
+)
+def test_what_differs_from_the_checkpoint_is_named_with_both_values(
+    changes, message, stopped, data_dir, other_data, refuse
+):
+    before = {path: path.read_bytes() for path in stopped.rglob("*") if path.is_file()}
+    changes = [other_data if change == "other" else change for change in changes]
+    errors = refuse(train_accelerate, *flags(data_dir, stopped, "--max_steps", 6, "--save_steps", 2, *changes))
+    assert sum(message in error for error in errors) == 1, errors
+    assert len(errors) == (2 if "--data_dir" in changes else 1)
+    assert {path: path.read_bytes() for path in stopped.rglob("*") if path.is_file()} == before
+
+
+@pytest.fixture(scope="module")
+def other_data(tmp_path_factory) -> Path:
+    """Another text, with a tokenizer of its own."""
+    folder = tmp_path_factory.mktemp("other")
+    (folder / "other.jsonl").write_text("".join(json.dumps({"text": f"line {n} " * 40}) + "\n" for n in range(300)))
+    prepare = ("--train_file", folder / "other.jsonl", "--tokenizer_vocab_size", 320, "--block_size", 32)
+    succeed(script("prepare_data.py", "--output_dir", folder / "data", *prepare))
+    return folder / "data"
+
+
+def test_what_is_named_may_differ(stopped, data_dir):
+    changes = ("--learning_rate", 1e-5, "--max_steps", 8, "--allow_changes", "learning_rate", "max_steps")
+    result = succeed(script("train_accelerate.py", *flags(data_dir, stopped, "--save_steps", 2, *changes)))
+    assert "continuing from" in result.stdout
+    rates = {line["step"]: line["learning_rate"] for line in metrics(stopped) if "loss" in line}
+    assert len(rates) == 8 and rates[5] > 1e-5 > rates[6] > rates[8]
+
+
+def test_the_number_of_processes_may_change_where_the_global_batch_stays(data_dir, tmp_path):
+    """Without dropout, each process having its own, one goes on as two and logs the same losses."""
+    more = ("--config_overrides", TINY + ",qkv_bias=false", "--max_steps", 8, "--save_steps", 4)
+    one, two = tmp_path / "one", tmp_path / "two"
+    succeed(script("train_accelerate.py", *flags(data_dir, one, *more)))
+    shutil.copytree(one, two, symlinks=True)
+    (two / "model.safetensors").unlink()
+    arguments = flags(data_dir, two, *more)
+    at = arguments.index("--gradient_accumulation_steps")
+    arguments = (*arguments[:at], *arguments[at + 2 :], "--tokens_per_step", 256)
+    refused = run_ranks(3, "train_accelerate.py", *arguments)
+    assert [each.returncode for each in refused] == [2, 2, 2]
+    assert (
+        "--tokens_per_step 256 is not a multiple of 384 (block 32 x batch 4 x 3 processes); nearest: 384; its 8 rows "
+        "can be split over 1, 2, 4 processes" in refused[0].stderr
+    )
+    result, _ = run_ranks(2, "train_accelerate.py", *arguments)
+    assert "continuing from" in succeed(result).stdout
+    losses, expected = ([line["loss"] for line in metrics(run) if "loss" in line] for run in (two, one))
+    assert losses == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_folder_is_for_one_program_at_a_time(data_dir, tmp_path, refuse):
+    arguments = flags(data_dir, tmp_path / "run", "--max_steps", 100_000)
+    running = start("train_accelerate.py", *arguments)
+    wait_until(lambda: (tmp_path / "run/metrics.jsonl").exists())
+    (error,) = refuse(train_accelerate, *arguments)
+    assert "is in use by another program" in error
+    running.process.kill()
+    assert running.wait().returncode == -signal.SIGKILL
+
+
+# Rows 6, 7, 8, 13: the files
+
+
+def test_a_full_disk_ends_the_run_in_one_line_and_the_checkpoint_before_is_whole(data_dir, tmp_path):
+    """On a file system of 1.5 MB, which holds two checkpoints and not three."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    arguments = flags(data_dir, disk / "run", "--max_steps", 12, "--save_steps", 3, "--save_total_limit", 4)
+    program = f"""
+mount -t tmpfs -o size=1500k none {disk} || exit 99
+{sys.executable} {REPOSITORY}/train_accelerate.py "$@"
+echo "status $?"
+ls {disk}/run
+rm {disk}/run/tensorboard -rf; mount -o remount,size=50m {disk}
+{sys.executable} {REPOSITORY}/train_accelerate.py "$@"
+echo "status $?"
+ls {disk}/run
+"""
+    command = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", program, "sh", *map(str, arguments)]
+    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    if result.returncode == 99 or "unshare" in result.stderr:
+        pytest.skip("this system lets nobody mount a small disk")
+    _, second, _ = result.stdout.split("status")
+    assert second.startswith(" 2\n")
+    (error,) = [line for line in result.stderr.splitlines() if "error:" in line]
+    assert (
+        "checkpoint-000009 cannot be written, with 0 MB free on the disk: " in error
+        and "Traceback" not in result.stderr
+    )
+    assert "checkpoint-000003" in second and "checkpoint-000006" in second and "checkpoint-000009\n" not in second
+    assert f"continuing from {disk}/run/checkpoint-000006" in second
+    assert (
+        result.stdout.rstrip().endswith("training_args.yaml")
+        and "incomplete" not in result.stdout.split("status 0")[1]
+    )
+
+
+def test_rotation_keeps_the_best_and_the_latest_and_leaves_foreign_folders_alone(data_dir, tmp_path):
+    output_dir, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    (elsewhere / "checkpoint-000001").mkdir(parents=True)
+    (elsewhere / "checkpoint-000001/manifest.json").write_text("{}")
+    for name in (
+        "checkpoint-000002",
+        "checkpoint-best",
+        "checkpoint-1 (copy)",
+        "checkpoint-000000x",
+        "mine.incomplete",
+    ):
+        (output_dir / name).mkdir(parents=True)
+        (output_dir / name / "notes.txt").write_text(name)
+    (output_dir / "checkpoint-000001").symlink_to(elsewhere / "checkpoint-000001")
+    (output_dir / "training_args.yaml").write_text("{}\n")
+    foreign = {path for path in output_dir.rglob("*") if path.name != "training_args.yaml"}
+    # The rate grows until it does harm, so that the best is neither the first nor the last.
+    more = ("--max_steps", 90, "--save_steps", 10, "--eval_steps", 10, "--save_total_limit", 2)
+    more += ("--learning_rate", 1.0, "--warmup_steps", 90, "--config_overrides", TINY)
+    result = succeed(script("train_accelerate.py", *flags(data_dir, output_dir, *more)))
+    evaluated = {line["step"]: line["eval_loss"] for line in metrics(output_dir) if "eval_loss" in line}
+    best = min(evaluated, key=evaluated.get)
+    assert 10 <= best <= 60
+    kept = {path.name for path in complete_checkpoints(output_dir)}
+    assert kept == {f"checkpoint-{best:06d}", "checkpoint-000070", "checkpoint-000080"}
+    assert os.readlink(output_dir / "best-checkpoint") == f"checkpoint-{best:06d}"
+    assert all(path.exists() for path in foreign), result.stdout
+    assert (elsewhere / "checkpoint-000001/manifest.json").read_text() == "{}"
+
+
+def damage(path: Path, how: str) -> None:
+    content = bytearray(path.read_bytes())
+    if how == "missing":
+        path.unlink()
+    elif how == "truncated":
+        path.write_bytes(content[: len(content) // 2])
+    else:
+        content[0 if path.name == "manifest.json" else len(content) // 2] ^= 1
+        path.write_bytes(content)
+
+
+@pytest.mark.parametrize("how", ["missing", "truncated", "flipped"])
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "rng.pt", "position.json", "manifest.json"])
+def test_a_damaged_checkpoint_is_passed_over_by_auto_and_refused_by_name(name, how, stopped, data_dir, refuse):
+    folder = stopped / "checkpoint-000005"
+    damage(folder / name, how)
+    found, (message,) = checkpoint_to_resume(stopped, "auto")
+    assert found == stopped / "checkpoint-000004"
+    assert str(folder) in message and name in message
+    (error,) = refuse(
+        train_accelerate, *flags(data_dir, stopped, "--max_steps", 6, "--resume_from_checkpoint", folder)
+    )
+    assert error == f"train_accelerate.py: error: {message}"
+
+
+def test_the_run_goes_on_from_the_checkpoint_before_a_damaged_one_and_says_so(stopped, data_dir, refuse):
+    damage(stopped / "checkpoint-000005/optimizer.pt", "flipped")
+    arguments = flags(data_dir, stopped, "--max_steps", 6, "--save_steps", 2)
+    result = succeed(script("train_accelerate.py", *arguments))
+    assert f"passed over: {stopped}/checkpoint-000005/optimizer.pt is damaged: its sha256" in result.stdout
+    assert f"continuing from {stopped}/checkpoint-000004" in result.stdout
+    assert (stopped / "abandoned-checkpoint-000005").is_dir()
+
+    (stopped / "model.safetensors").unlink()
+    for folder in complete_checkpoints(stopped):
+        (folder / "rng.pt").unlink()
+    errors = refuse(train_accelerate, *arguments)
+    assert sum("rng.pt is missing" in error for error in errors) == 2
+    assert f"no checkpoint of {stopped} is whole: delete it" in errors[-1]
+
+
+class Payload:
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "rng.pt"])
+def test_a_pickle_is_not_executed(name, stopped, data_dir, tmp_path, refuse):
+    folder = stopped / "checkpoint-000005"
+    torch.save({"optimizers": Payload(tmp_path / "executed")}, folder / name)
+    write_manifest(folder)
+    (error,) = refuse(train_accelerate, *flags(data_dir, stopped, "--max_steps", 6, "--save_steps", 2))
+    assert f"{folder} holds something else than a checkpoint: Weights only load failed" in error
+    assert not (tmp_path / "executed").exists()
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load(folder / name, weights_only=True)
+    torch.load(folder / name, weights_only=False)
+    assert (tmp_path / "executed").exists()  # it would have been
+
+
+def write_manifest(folder: Path, **more: Path) -> None:
+    """As whoever made the files would."""
+    paths = {path.name: path for path in folder.iterdir() if path.name != "manifest.json"} | more
+    files = {
+        name: {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+        for name, path in paths.items()
+    }
+    (folder / "manifest.json").write_text(json.dumps({"files": files}))
+
+
+@pytest.mark.parametrize("name", ["../outside", "{tmp}/outside", "down/../../outside", "link", "manifest.json"])
+def test_a_manifest_that_leads_out_of_its_folder_is_refused(name, stopped, data_dir, tmp_path):
+    name = name.replace("{tmp}", str(tmp_path))
+    outside, folder = tmp_path / "outside", stopped / "checkpoint-000005"
+    outside.write_text("somebody else's")
+    if name == "manifest.json":
+        (folder / name).rename(outside)
+        (folder / name).symlink_to(outside)
+        expected = "it has no manifest.json"
+    else:
+        if name == "link":
+            (folder / name).symlink_to(outside)
+        write_manifest(folder, **{name: outside})
+        expected = f"names {name!r}, which is not a plain file in the folder"
+    (problem,) = verify(folder)
+    assert expected in problem
+    before = outside.read_bytes()
+    result = succeed(script("train_accelerate.py", *flags(data_dir, stopped, "--max_steps", 6, "--save_steps", 2)))
+    assert expected in result.stdout and "continuing from" in result.stdout
+    assert outside.read_bytes() == before
