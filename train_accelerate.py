@@ -295,7 +295,7 @@ class Training:
         """
         args, run = self.args, self.run
         if is_due:
-            self.do_what_is_due()
+            self.do_what_is_due(is_saved=True)
         run.restart_interval()
         with StopSignals() as signals:
             while run.step < args.max_steps:
@@ -351,8 +351,8 @@ class Training:
         self.watchdog.doing(f"past step {run.step}", limited=False)
         return result, learning_rate
 
-    def do_what_is_due(self) -> None:
-        """Evaluations, samples and the checkpoint that the step behind us asks for."""
+    def do_what_is_due(self, is_saved: bool = False) -> None:
+        """Evaluations, samples and, if it is not there yet, the checkpoint that the step behind us asks for."""
         args, run = self.args, self.run
         is_last = run.step == args.max_steps
         if is_last or self.is_due(args.eval_steps):
@@ -361,7 +361,7 @@ class Training:
             self.score_hellaswag()
         if is_last or self.is_due(args.sample_steps):
             self.write_samples()
-        if not is_last and self.is_due(args.save_steps):
+        if not is_last and not is_saved and self.is_due(args.save_steps):
             self.save_checkpoint()
 
     def say_stopped(self, notes: list[int]) -> None:
@@ -395,6 +395,7 @@ class Training:
         """
         state, run = self.last_good, self.run
         step = state.position["step"]
+        self.writer.wait()  # for what may be that very checkpoint
         folder = checkpoint_folder(self.output_dir, step)
         is_there = on_main_process(self.accelerator.state, lambda: folder.exists())
         if step and not is_there:
@@ -462,7 +463,6 @@ class Training:
             raise UserError(
                 f"the evaluation loss after step {run.step} is {values['eval_loss']}: a lower --learning_rate may help"
             )
-        run.evaluated = run.step, values["eval_loss"]
         self.log.metrics(run, values)
         self.log.write(f"step {run.step}: " + ", ".join(f"{key} {value:.4f}" for key, value in values.items()))
         if self.accelerator.is_main_process:

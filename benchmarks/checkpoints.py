@@ -64,7 +64,7 @@ def main() -> None:
 
     writer = CheckpointWriter(accelerator, output_dir, model, optimizers, save_total_limit=2)
     for step in range(1, args.rounds + 1):
-        position = {"step": step, "eval_loss": None}
+        position = {"step": step}
         state = LoopState(position, None, generator_states(accelerator.device))
         measure("stall", lambda s=state: writer.save(s))
         measure("written", writer.wait)

@@ -47,8 +47,7 @@ class LoopState:
     Where a process stands between two steps, but for weights and optimizers.
 
     Attributes:
-        position: the loop's own state, JSON; `position["step"]` is the number of optimizer steps done, and
-            `position["eval_loss"]` the evaluation loss after it, or None if it was not evaluated.
+        position: the loop's own state, JSON; `position["step"]` is the number of optimizer steps done.
         stream: where this process's stream is, JSON, if the data is one.
         generators: states of the random generators.
     """

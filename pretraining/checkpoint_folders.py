@@ -7,8 +7,8 @@ INCOMPLETE. Other folders and links, whatever their names, are somebody else's.
 """
 
 import contextlib
+import itertools
 import json
-import math
 import os
 import re
 import shutil
@@ -18,6 +18,7 @@ from pathlib import Path
 
 from pretraining.arguments import UserError
 from pretraining.files import INCOMPLETE, sha256_of, sync, write_text
+from pretraining.runlog import read_metrics
 
 MANIFEST = "manifest.json"
 FILES = ("config.json", "model.safetensors", "optimizer.pt", "rng.pt", "position.json")
@@ -25,6 +26,8 @@ FILES = ("config.json", "model.safetensors", "optimizer.pt", "rng.pt", "position
 BEST = "best-checkpoint"
 ABANDONED = "abandoned-"
 DELETED = "deleted-"
+# What else has a name with INCOMPLETE while it is made.
+OURS = (BEST, "final", "training_args.yaml", "metrics.jsonl", "events.jsonl", "unsent.json")
 
 
 def checkpoint_folder(output_dir: Path, step: int) -> Path:
@@ -73,9 +76,22 @@ def verify(folder: Path) -> list[str]:
         return problems + [problem for problem in found if problem]
 
 
+def checkpoints(output_dir: Path) -> list[Path]:
+    """Checkpoints, oldest first, with those that have lost files."""
+    found = [
+        folder
+        for folder in output_dir.glob("checkpoint-*")
+        if step_of(folder) is not None
+        and folder.is_dir()
+        and not folder.is_symlink()
+        and any((folder / name).exists() for name in (MANIFEST, *FILES))
+    ]
+    return sorted(found, key=step_of)
+
+
 def complete_checkpoints(output_dir: Path) -> list[Path]:
     """Checkpoints that have a manifest, oldest first."""
-    return [folder for folder in _checkpoints(output_dir) if (folder / MANIFEST).is_file()]
+    return [folder for folder in checkpoints(output_dir) if (folder / MANIFEST).is_file()]
 
 
 def checkpoint_to_resume(output_dir: Path, resume_from_checkpoint: str) -> tuple[Path | None, list[str]]:
@@ -98,7 +114,7 @@ def checkpoint_to_resume(output_dir: Path, resume_from_checkpoint: str) -> tuple
             raise UserError(*problems)
         return folder, []
     damages = []
-    for folder in reversed(_checkpoints(output_dir)):
+    for folder in reversed(checkpoints(output_dir)):
         problems = verify(folder)
         if not problems:
             return folder, damages
@@ -118,7 +134,7 @@ def remove_litter(output_dir: Path) -> list[Path]:
         name = Path(path.name.removesuffix(INCOMPLETE))
         if step_of(name) is not None and path.is_dir() and not path.is_symlink():
             unfinished.append(path)
-        elif not (name.name.startswith(DELETED) or name.name in ("final", BEST) or name.suffix in (".yaml", ".jsonl")):
+        elif not name.name.startswith(DELETED) and name.name not in OURS:
             continue
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     return sorted(unfinished)
@@ -129,7 +145,7 @@ def set_aside_later(output_dir: Path, step: int) -> list[Path]:
     Rename checkpoints of more than `step` steps, where a run goes on from an earlier one: they would be taken for its
     own. Returns them under their new names.
     """
-    aside = [_set_aside(folder) for folder in _checkpoints(output_dir) if step_of(folder) > step]
+    aside = [_set_aside(folder) for folder in checkpoints(output_dir) if step_of(folder) > step]
     if aside:
         mark_best(output_dir)
     return aside
@@ -146,16 +162,12 @@ def rotate(output_dir: Path, save_total_limit: int, keep: Iterable[Path | None])
 
 def best_checkpoint(output_dir: Path) -> tuple[Path, float] | None:
     """The checkpoint with the lowest evaluation loss, and that loss; None if none was evaluated."""
-    scored = []
-    for folder in complete_checkpoints(output_dir):
-        with contextlib.suppress(OSError, ValueError, KeyError):  # a damaged one is not the best
-            eval_loss = json.loads((folder / "position.json").read_text(encoding="utf-8"))["eval_loss"]
-            if eval_loss is not None and math.isfinite(eval_loss):
-                scored.append((eval_loss, folder))
-    if not scored:
+    losses = {line["step"]: line["eval_loss"] for line in read_metrics(output_dir) if "eval_loss" in line}
+    folders = [folder for folder in complete_checkpoints(output_dir) if step_of(folder) in losses]
+    if not folders:
         return None
-    eval_loss, folder = min(scored)
-    return folder, eval_loss
+    best = min(folders, key=lambda folder: losses[step_of(folder)])
+    return best, losses[step_of(best)]
 
 
 def mark_best(output_dir: Path) -> Path | None:
@@ -173,22 +185,9 @@ def mark_best(output_dir: Path) -> Path | None:
     return best[0]
 
 
-def _checkpoints(output_dir: Path) -> list[Path]:
-    """Checkpoints, oldest first, with those that have lost files."""
-    found = [
-        folder
-        for folder in output_dir.glob("checkpoint-*")
-        if step_of(folder) is not None
-        and folder.is_dir()
-        and not folder.is_symlink()
-        and any((folder / name).exists() for name in (MANIFEST, *FILES))
-    ]
-    return sorted(found, key=step_of)
-
-
 def _set_aside(folder: Path) -> Path:
-    aside = folder.with_name(ABANDONED + folder.name)
-    shutil.rmtree(aside, ignore_errors=True)
+    names = (ABANDONED + folder.name + (f".{number}" if number else "") for number in itertools.count())
+    aside = next(path for path in map(folder.with_name, names) if not path.exists())
     os.replace(folder, aside)
     return aside
 

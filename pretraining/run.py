@@ -16,7 +16,6 @@ class Run:
         elapsed_before: seconds that earlier starts of the program took.
         flops_per_token: see `hardware.flops_per_token`.
         peak_flops: of all devices together, or None if it is not known.
-        evaluated: the last step with an evaluation, and its loss.
     """
 
     tokens_per_step: int
@@ -25,7 +24,6 @@ class Run:
     peak_flops: float | None
     step: int = 0
     elapsed_before: float = 0.0
-    evaluated: tuple[int, float | None] = (-1, None)
 
     def __post_init__(self):
         self._started = time.perf_counter()
@@ -58,10 +56,8 @@ class Run:
 
     def position(self) -> dict:
         """What a checkpoint saves of the run. Packed rows come in an order that is a pure function of the step."""
-        step, eval_loss = self.evaluated
         return {
             "step": self.step,
-            "eval_loss": eval_loss if step == self.step else None,
             "elapsed_seconds": self.elapsed_seconds,
             "identity": self.identity,
         }

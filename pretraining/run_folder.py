@@ -12,7 +12,7 @@ from accelerate import PartialState
 
 from pretraining import publish
 from pretraining.arguments import UserError
-from pretraining.checkpoint_folders import checkpoint_to_resume, complete_checkpoints, remove_litter
+from pretraining.checkpoint_folders import checkpoint_to_resume, checkpoints, remove_litter
 from pretraining.files import locked, write_text
 from pretraining.identity import differences
 from pretraining.launch import on_main_process
@@ -86,24 +86,22 @@ def _check_kind(output_dir: Path) -> None:
 
 
 def _open(output_dir: Path, arguments: dict, identity: dict) -> Opened:
-    resume, has_checkpoints = arguments["resume_from_checkpoint"], bool(complete_checkpoints(output_dir))
+    resume, has_run = arguments["resume_from_checkpoint"], bool(checkpoints(output_dir))
     is_finished = publish.is_finished(output_dir)
-    if resume == "none" and (has_checkpoints or is_finished):
+    if resume == "none" and (has_run or is_finished):
         raise UserError(
             f"--output_dir {output_dir} holds a run already: delete it, or choose another, to start from step 0"
         )
     if is_finished:
         _check_settings(output_dir, identity["settings"])
         return Opened(is_finished=True)
-    if (
-        resume not in ("auto", "none")
-        and has_checkpoints
-        and not Path(resume).resolve().is_relative_to(output_dir.resolve())
-    ):
-        raise UserError(
-            f"--output_dir {output_dir} holds a run already, which --resume_from_checkpoint {resume} is not of: "
-            "choose another --output_dir, or go on with that run by --resume_from_checkpoint auto"
-        )
+    if has_run and resume != "auto" and not Path(resume).resolve().is_relative_to(output_dir.resolve()):
+        if _read_arguments(output_dir).get("resume_from_checkpoint") != resume:
+            raise UserError(
+                f"--output_dir {output_dir} holds a run already, which --resume_from_checkpoint {resume} is not of: "
+                "choose another --output_dir, or go on with that run by --resume_from_checkpoint auto"
+            )
+        resume = "auto"  # the run there began so, and has come further
     messages = [f"{path} was never finished, and is deleted" for path in remove_litter(output_dir)]
     folder, damages = checkpoint_to_resume(output_dir, resume)
     if folder is None:
@@ -114,12 +112,16 @@ def _open(output_dir: Path, arguments: dict, identity: dict) -> Opened:
     return Opened(checkpoint=folder, messages=messages)
 
 
-def _check_settings(output_dir: Path, settings: dict) -> None:
+def _read_arguments(output_dir: Path) -> dict:
     path = output_dir / TRAINING_ARGS
     try:
-        before = dict(yaml.safe_load(path.read_text(encoding="utf-8")))
+        return dict(yaml.safe_load(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError, yaml.YAMLError):
         raise UserError(f"{path} is damaged: without it nobody knows what run this is") from None
+
+
+def _check_settings(output_dir: Path, settings: dict) -> None:
+    before = _read_arguments(output_dir)
     problems = [
         f"{output_dir} holds a finished run with --{key} {before.get(key)}, not {value}: choose another --output_dir"
         for key, value in settings.items()

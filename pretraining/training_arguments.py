@@ -18,7 +18,7 @@ NOT_NEGATIVE = "learning_rate weight_decay max_grad_norm warmup_steps seed datal
 # Flags that do not decide the result, or whose effect a checkpoint has a record of: the data's fingerprint, the config
 # and the size of the global batch, however it is split.
 NEUTRAL = """output_dir data_dir dataset_name dataset_config_name dataset_revision text_column train_file
-    validation_file validation_split_percentage mixture tokenizer_name
+    validation_file validation_split_percentage mixture tokenizer_name streaming block_size
     per_device_train_batch_size gradient_accumulation_steps tokens_per_step
     gradient_checkpointing torch_compile dataloader_num_workers
     logging_steps eval_steps eval_iters hellaswag_steps hellaswag_file sample_steps

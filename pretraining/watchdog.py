@@ -29,8 +29,9 @@ class Watchdog(threading.Thread):
         self.rank, self.limit = state.process_index, limit
         self.others = [rank for rank in range(state.num_processes) if rank != state.process_index]
         self.activity, self.deadline = "starting", float("inf")
+        self.is_over = threading.Event()
         self.store = None
-        if self.others:
+        if self.others and "MASTER_PORT" in os.environ:
             self.store = dist.TCPStore(
                 os.environ["MASTER_ADDR"],
                 int(os.environ["MASTER_PORT"]),
@@ -45,6 +46,7 @@ class Watchdog(threading.Thread):
 
     def __exit__(self, kind, error, trace) -> None:
         self.deadline = float("inf")
+        self.is_over.set()
         # An error of gloo or NCCL, say.
         if self.store is not None and isinstance(error, RuntimeError) and (lines := self.missing() + self.elsewhere()):
             traceback.print_exception(error)
@@ -61,8 +63,7 @@ class Watchdog(threading.Thread):
         self.deadline = time.monotonic() + self.limit if limited else float("inf")
 
     def run(self) -> None:
-        while True:
-            time.sleep(min(0.5, self.limit / 10))
+        while not self.is_over.wait(min(0.5, self.limit / 10)):
             if time.monotonic() > self.deadline:
                 here = f"after {self.limit:g} seconds this one is still {self.activity}"
                 self.leave(self.missing() + self.elsewhere() or [f"all processes answer, but none goes on: {here}"])

@@ -41,7 +41,7 @@ from pretraining.signals import STOPPED
 
 @pytest.fixture(scope="module")
 def references(data_dir, tmp_path_factory) -> dict[int, Path]:
-    """Whole runs of 14 steps, by number of processes, with dropout, across the end of an epoch."""
+    """Whole runs of 16 steps, by number of processes, with dropout, across the end of an epoch."""
     folders = {}
     for num_processes in (1, 2):
         folders[num_processes] = tmp_path_factory.mktemp("whole") / "run"
@@ -52,7 +52,7 @@ def references(data_dir, tmp_path_factory) -> dict[int, Path]:
 
 def long_flags(data_dir: Path, output_dir: Path) -> tuple:
     batch = len(open_data_folder(data_dir).train) // 20  # with one process, the epoch ends in step 11
-    arguments = ("--per_device_train_batch_size", batch, "--max_steps", 14, "--save_steps", 6, "--eval_steps", 7)
+    arguments = ("--per_device_train_batch_size", batch, "--max_steps", 16, "--save_steps", 7, "--eval_steps", 7)
     return flags(data_dir, output_dir, *arguments)
 
 
@@ -62,7 +62,7 @@ def test_a_signal_to_any_process_saves_one_checkpoint_and_the_run_goes_on_to_the
 ):
     arguments = long_flags(data_dir, tmp_path / "run")
     started = time.monotonic()
-    # In the middle of the accumulation of step 7, after which an evaluation is due.
+    # In the middle of the accumulation of step 7, after which an evaluation and a checkpoint are due.
     faults = {rank: signal_in(7, 1, number)}
     results = run_ranks(num_processes, "train_accelerate.py", *arguments, faults=faults)
     assert time.monotonic() - started < 30
@@ -74,6 +74,10 @@ def test_a_signal_to_any_process_saves_one_checkpoint_and_the_run_goes_on_to_the
     for result in run_ranks(num_processes, "train_accelerate.py", *arguments):
         assert "checkpoint-000007" in succeed(result).stdout or result.stdout == ""
     assert_equal(tmp_path / "run", references[num_processes])
+    names = {path.name for path in references[num_processes].glob("*checkpoint*")}
+    assert names == {"checkpoint-000007", "checkpoint-000014", "best-checkpoint"}
+    assert {path.name for path in (tmp_path / "run").glob("*checkpoint*")} == names
+    assert os.readlink(tmp_path / "run/best-checkpoint") == os.readlink(references[num_processes] / "best-checkpoint")
 
 
 @pytest.mark.parametrize("num_processes", [1, 2])
@@ -87,7 +91,7 @@ def test_a_run_killed_within_an_accumulation_goes_on_to_the_same_bits(num_proces
     assert "continuing from" in succeed(result).stdout
     assert_equal(tmp_path / "run", references[num_processes])
     assert_equal_checkpoints(
-        tmp_path / "run/checkpoint-000012", references[num_processes] / "checkpoint-000012"
+        tmp_path / "run/checkpoint-000014", references[num_processes] / "checkpoint-000014"
     )  # the optimizer and the generators too
 
 
