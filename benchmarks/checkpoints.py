@@ -4,9 +4,15 @@ How long a checkpoint of GPT-2 124M stalls training, and what of it is hashing.
     python benchmarks/checkpoints.py --output_dir /tmp/checkpoints
 
 Saves and loads one with AdamW's state (1.5 GB) `--rounds` times, through the code that the training loop calls, and
-prints medians in seconds. `stall` is what training waits for; `written` is how long after that the thread is done,
-with nothing else to do on the machine; `hashing` is the sha256 of all files by itself, on two threads as there. `plain
-write` is safetensors and torch.save alone, without flushing to the disk, hashing or renaming.
+prints medians in seconds:
+
+    step          forward and backward pass of a row, and AdamW's update, while nothing is written
+    stall         what training waits for when a checkpoint is due
+    slowed        what steps take longer in all while the thread writes, beside the stall
+    written       from the end of the stall until the checkpoint is whole, with training going on
+    hashing       of that, the sha256 of all files, by itself
+    verify, load  what a start takes that goes on from it
+    plain write   safetensors and torch.save alone, not flushed to the disk, hashed or renamed
 """
 
 import shutil
@@ -16,6 +22,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -48,35 +55,46 @@ def main() -> None:
         hardware.keep_freed_memory()
     output_dir = Path(args.output_dir)
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
-    model = GPT2ScratchForCausalLM(GPT2ScratchConfig.from_preset(args.config_name))
+    model = GPT2ScratchForCausalLM(GPT2ScratchConfig.from_preset(args.config_name)).train()
     optimizers = build_optimizers(model, "adamw", 6e-4, 0.1, accelerator.device)
     model, *optimizers = accelerator.prepare(model, *optimizers)
-    for parameter in model.parameters():
-        parameter.grad = torch.ones_like(parameter)
-    optimizers[0].step()  # makes the moments
+    rows = torch.randint(0, model.config.vocab_size, (1, 256), device=accelerator.device)
+
+    def step() -> None:
+        accelerator.backward(model(rows, labels=rows, use_cache=False).loss)
+        optimizers[0].step()
+        optimizers[0].zero_grad()
 
     seconds: dict[str, list[float]] = {}
 
-    def measure(name: str, work: Callable[[], object]) -> None:
+    def measure(name: str, work: Callable[[], object]) -> float:
         started = time.perf_counter()
         work()
         seconds.setdefault(name, []).append(time.perf_counter() - started)
+        return seconds[name][-1]
 
+    step()  # makes the moments
     writer = CheckpointWriter(accelerator, output_dir, model, optimizers, save_total_limit=2)
-    for step in range(1, args.rounds + 1):
-        position = {"step": step}
-        state = LoopState(position, None, generator_states(accelerator.device))
-        measure("stall", lambda s=state: writer.save(s))
-        measure("written", writer.wait)
-        folder = checkpoint_folder(output_dir, step)
-        measure("hashing", lambda f=folder: hash_all(f))
-        measure("verify", lambda f=folder: verify(f))
-        measure("load", lambda f=folder: load_checkpoint(accelerator, f, model, optimizers))
-        measure("plain write", lambda: plain_write(model, optimizers[0], output_dir))
+    for number in range(1, args.rounds + 1):
+        usual = statistics.median(measure("step", step) for _ in range(5))
+        state = LoopState({"step": number}, None, generator_states(accelerator.device))
+        measure("stall", partial(writer.save, state))
+        started, steps = time.perf_counter(), 0
+        while writer.is_writing():
+            step()
+            steps += 1
+        seconds.setdefault("slowed", []).append(time.perf_counter() - started - steps * usual)
+        seconds.setdefault("written", []).append(time.perf_counter() - started)
+        writer.wait()
+        folder = checkpoint_folder(output_dir, number)
+        measure("hashing", partial(hash_all, folder))
+        measure("verify", partial(verify, folder))
+        measure("load", partial(load_checkpoint, accelerator, folder, model, optimizers))
+        measure("plain write", partial(plain_write, model, optimizers[0], output_dir))
     size = sum(path.stat().st_size for path in folder.iterdir())
     print(f"{args.config_name}, {size / 1e9:.2f} GB, {hardware.device_description(accelerator.device, 1)}")
     for name, values in seconds.items():
-        print(f"{name:12} {statistics.median(values):6.2f}   ({', '.join(f'{value:.2f}' for value in values)})")
+        print(f"{name:12} {statistics.median(values):6.2f}   {min(values):.2f} to {max(values):.2f}")
     shutil.rmtree(output_dir)
 
 

@@ -120,6 +120,9 @@ class CheckpointWriter:
                 weights, optimizer_state = _copied(weights), _copied(optimizer_state)
             self._task = self._thread.submit(self._write, weights, optimizer_state, generators, position)
 
+    def is_writing(self) -> bool:
+        return self._task is not None and not self._task.done()
+
     def has_failed(self) -> bool:
         """Whether the last one could not be written, as far as this process knows, without waiting for it."""
         return self._task is not None and self._task.done() and self._task.exception() is not None

@@ -157,10 +157,12 @@ def send_unsent(
 
 
 def read_metrics(output_dir: Path) -> list[dict]:
+    """The lines of metrics.jsonl, but for a last one that is just being written."""
     path = output_dir / METRICS_FILE
     if not path.is_file():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def _read_unsent(output_dir: Path) -> dict[str, int]:
