@@ -13,8 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
 from conftest import REPOSITORY, TINY, launch, metrics, run, script, succeed
 from hellaswag_items import generated_records, write_items
+from processes import run_ranks
 from safetensors.torch import load_file
 from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM
@@ -54,16 +57,31 @@ def samples(result: subprocess.CompletedProcess) -> str:
     return re.search(r"--- sample at step 20\n(.*?)\n---", result.stdout, re.DOTALL)[1]
 
 
-def launch_sharded(
-    tmp_path: Path, num_processes: int, *arguments: object, mixed_precision: str = "no"
-) -> subprocess.CompletedProcess:
-    """With configs/fsdp2.yaml as it is but for what makes it run on a CPU."""
+def sharding(tmp_path: Path, num_processes: int, mixed_precision: str = "no") -> Path:
+    """configs/fsdp2.yaml as it is but for what makes it run on a CPU."""
     config = yaml.safe_load((REPOSITORY / "configs/fsdp2.yaml").read_text())
     config |= {"num_processes": num_processes, "mixed_precision": mixed_precision, "use_cpu": True}
     path = tmp_path / "fsdp.yaml"
     path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def launch_sharded(config: Path, *arguments: object) -> subprocess.CompletedProcess:
     programs = (REPOSITORY / "tests/fsdp_on_cpu.py", REPOSITORY / "train_accelerate.py")
-    return run(ACCELERATE, "launch", "--config_file", path, *programs, *arguments)
+    return run(ACCELERATE, "launch", "--config_file", config, *programs, *arguments)
+
+
+def fork_sharded(config: Path, *arguments: object) -> subprocess.CompletedProcess:
+    """As `accelerate launch` would start it, by accelerate's own reading of the config. Returns the first process."""
+    args = launch_command_parser().parse_args(["--config_file", str(config), "train_accelerate.py"])
+    args, *_ = _validate_launch_command(args)
+    given = {name: value for name, value in prepare_multi_gpu_env(args).items() if os.environ.get(name) != value}
+    given = {name: value for name, value in given.items() if name.startswith(("ACCELERATE_", "FSDP_"))}
+    programs = ("tests/fsdp_on_cpu.py", REPOSITORY / "train_accelerate.py")
+    results = run_ranks(args.num_processes, *programs, *arguments, **given)
+    for result in results:
+        succeed(result)
+    return results[0]
 
 
 def relative_distance(weights: dict, others: dict) -> float:
@@ -116,12 +134,14 @@ def test_two_processes_with_a_compiled_model_and_checkpointed_activations(flags,
 
 def test_shards_on_two_processes_and_then_on_four(flags, reference, tmp_path):
     two, four = tmp_path / "two", tmp_path / "four"
-    result = succeed(launch_sharded(tmp_path, 2, *flags, "--per_device_train_batch_size", 4, "--output_dir", two))
+    arguments = (*flags, "--per_device_train_batch_size", 4, "--output_dir", two)
+    result = succeed(launch_sharded(sharding(tmp_path, 2), *arguments))
     assert_same_training(two, reference, result)
 
     shutil.copytree(two, four, symlinks=True)
     (four / "model.safetensors").unlink()  # as if it had ended in the middle
-    result = succeed(launch_sharded(tmp_path, 4, *flags, "--per_device_train_batch_size", 2, "--output_dir", four))
+    arguments = (*flags, "--per_device_train_batch_size", 2, "--output_dir", four)
+    result = fork_sharded(sharding(tmp_path, 4), *arguments)
     assert "continuing from" in result.stdout
     assert_same_training(four, reference, result)
 
@@ -133,7 +153,7 @@ def test_muon_on_shards_in_bf16_is_muon(flags, tmp_path):
     arguments = (*flags, "--per_device_train_batch_size", 16, "--output_dir", whole)
     succeed(script("train_accelerate.py", *arguments, ACCELERATE_MIXED_PRECISION="bf16"))
     arguments = (*flags, "--per_device_train_batch_size", 4, "--output_dir", sharded)
-    succeed(launch_sharded(tmp_path, 2, *arguments, mixed_precision="bf16"))
+    fork_sharded(sharding(tmp_path, 2, "bf16"), *arguments)
     first = load_file(sharded / "model.safetensors")
     assert relative_distance(first, load_file(whole / "model.safetensors")) < 0.02
     losses, expected = (

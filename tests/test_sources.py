@@ -4,16 +4,19 @@ import itertools
 import json
 import shutil
 import struct
+import sys
 
 import numpy as np
 import pytest
 import torch
 import yaml
 from accelerate import PartialState
-from conftest import REPOSITORY, TINY, launch, make_documents, metrics, script, succeed
+from conftest import TINY, make_documents, metrics, script, succeed
+from processes import run_ranks
 from tiny_models import randomise, stock_model_with_the_weights_of, tiny_model
 from transformers import AutoTokenizer
 
+from pretraining import shards
 from pretraining.arguments import UserError
 from pretraining.data import RowOrder, open_data_folder
 from pretraining.inputs import document_positions
@@ -106,50 +109,41 @@ def test_a_damaged_data_folder_stops_the_run_before_a_row_is_used(damage, messag
         open_packed([Source(data_dir=str(tmp_path / "data"))], None, None, PartialState(cpu=True))
 
 
-READS = r"""
-import builtins, os, runpy, sys
-import pretraining.shards
-sha256_of = pretraining.shards.sha256_of
-def counted(path):
-    sys.stdout.write(f"reads {path.name} in process {os.environ['RANK']}\n")  # in one piece: several threads do
-    return sha256_of(path)
-pretraining.shards.sha256_of = counted
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
+def tell_reads() -> None:
+    """Have a process say which shards it reads through."""
+    read = shards.sha256_of
+
+    def told(path):
+        sys.stdout.write(f"reads {path.name}\n")  # in one piece: several threads do
+        return read(path)
+
+    shards.sha256_of = told
 
 
 def test_every_shard_is_read_once_on_a_machine_whatever_the_number_of_processes(small_shards, tmp_path):
-    (tmp_path / "counting.py").write_text(READS)
     flags = ("--data_dir", small_shards, "--output_dir", tmp_path / "run", *FLAGS)
-    result = launch(
-        2, tmp_path / "counting.py", REPOSITORY / "train_accelerate.py", *flags, PYTHONPATH=str(REPOSITORY)
-    )
-    reads = [line for line in succeed(result).stdout.splitlines() if line.startswith("reads ")]
-    shards = [path.name for path in small_shards.rglob("*.arrow")]
-    assert sorted(reads) == sorted(f"reads {name} in process 0" for name in shards)
+    results = run_ranks(2, "train_accelerate.py", *flags, faults={0: tell_reads, 1: tell_reads})
+    first, second = ([line for line in succeed(each).stdout.splitlines() if "reads" in line] for each in results)
+    assert sorted(first) == sorted(f"reads {path.name}" for path in small_shards.rglob("*.arrow")) and not second
 
     shutil.copytree(small_shards, tmp_path / "data")
     flip_a_bit(tmp_path / "data/train/shard-00003.arrow")
-    result = launch(2, "train_accelerate.py", *flags, "--data_dir", tmp_path / "data", "--output_dir", tmp_path / "no")
-    assert result.returncode != 0
-    assert result.stderr.count("shard-00003.arrow is damaged: its sha256 is") == 1
+    flags = (*flags, "--data_dir", tmp_path / "data", "--output_dir", tmp_path / "no")
+    results = run_ranks(2, "train_accelerate.py", *flags)
+    assert [result.returncode for result in results] == [2, 2]
+    assert (results[0].stderr + results[1].stderr).count("shard-00003.arrow is damaged: its sha256 is") == 1
     assert not (tmp_path / "no").exists()
 
 
+def look_elsewhere() -> None:
+    sys.argv[sys.argv.index("--data_dir") + 1] = "nowhere"
+
+
 def test_a_folder_that_one_process_alone_cannot_read_is_told_and_ends_all(small_shards, tmp_path):
-    only_on_one = (
-        "import os, runpy, sys\n"
-        "sys.argv = sys.argv[1:]\n"
-        "if os.environ['RANK'] == '1':\n"
-        "    sys.argv[sys.argv.index('--data_dir') + 1] = 'nowhere'\n"
-        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
-    )
-    (tmp_path / "wrapped.py").write_text(only_on_one)
     flags = ("--data_dir", small_shards, "--output_dir", tmp_path / "run", *FLAGS)
-    result = launch(2, tmp_path / "wrapped.py", REPOSITORY / "train_accelerate.py", *flags, PYTHONPATH=str(REPOSITORY))
-    assert result.returncode != 0
-    assert result.stderr.count("error: nowhere is not a data folder") == 1
+    results = run_ranks(2, "train_accelerate.py", *flags, faults={1: look_elsewhere})
+    assert [result.returncode for result in results] == [2, 2]
+    assert results[0].stderr.count("error: nowhere is not a data folder") == 1
     assert not (tmp_path / "run").exists()
 
 

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from accelerate import PartialState
-from conftest import TINY, launch, make_documents, metrics, succeed
+from conftest import TINY, make_documents, metrics, succeed
 from processes import run_ranks
 from safetensors.torch import load_file
 
@@ -213,10 +213,11 @@ def test_a_stream_that_cannot_be_read_stops_the_run_in_one_line_of_the_process_t
         file.write('{"text": \n')
     flags = stream_flags(tmp_path / "texts", tokenizer_dir, tmp_path / "run", "--max_steps", 1000)
     flags += ("--train_file", tmp_path / "texts/lines.jsonl", "--validation_file", texts / "lines.jsonl")
-    result = launch(2, "train_accelerate.py", *flags, "--dataloader_num_workers", 1)
-    assert result.returncode != 0
-    assert "error: lines.jsonl cannot be read: line 61 of lines.jsonl is not JSON" in result.stderr
-    assert "DataLoader worker" not in result.stderr
+    results = run_ranks(2, "train_accelerate.py", *flags, "--dataloader_num_workers", 1)
+    assert all(result.returncode in (1, 2) for result in results)
+    said = "".join(result.stderr for result in results)
+    assert "error: lines.jsonl cannot be read: line 61 of lines.jsonl is not JSON" in said
+    assert "DataLoader worker" not in said
 
 
 @pytest.mark.parametrize(
