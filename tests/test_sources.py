@@ -123,7 +123,9 @@ def tell_reads() -> None:
 def test_every_shard_is_read_once_on_a_machine_whatever_the_number_of_processes(small_shards, tmp_path):
     flags = ("--data_dir", small_shards, "--output_dir", tmp_path / "run", *FLAGS)
     results = run_ranks(2, "train_accelerate.py", *flags, faults={0: tell_reads, 1: tell_reads})
-    first, second = ([line for line in succeed(each).stdout.splitlines() if "reads" in line] for each in results)
+    first, second = (
+        [line for line in succeed(each).stdout.splitlines() if line.startswith("reads ")] for each in results
+    )
     assert sorted(first) == sorted(f"reads {path.name}" for path in small_shards.rglob("*.arrow")) and not second
 
     shutil.copytree(small_shards, tmp_path / "data")
