@@ -23,6 +23,7 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import set_seed
 from accelerate.utils.memory import should_reduce_batch_size
+from safetensors import SafetensorError
 from torch import nn
 from torch.optim import Optimizer
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -35,7 +36,7 @@ from pretraining.arguments import ProcessError, UserError, parse_arguments, run_
 from pretraining.checkpoint import CheckpointWriter, LoopState, full_weights, generator_states, load_checkpoint
 from pretraining.checkpoint_folders import BEST, best_checkpoint, checkpoint_folder, set_aside_later
 from pretraining.evaluation import encode_prompts, evaluate, write_samples
-from pretraining.identity import identity
+from pretraining.identity import identity, is_same_data
 from pretraining.incidents import describe, sentence
 from pretraining.inputs import model_inputs
 from pretraining.launch import (
@@ -54,7 +55,7 @@ from pretraining.published import comparable_losses
 from pretraining.run import Run
 from pretraining.run_folder import open_run_folder, write_arguments
 from pretraining.runlog import EVENTS_FILE, RunLog, read_metrics, send_unsent
-from pretraining.signals import STOPPED, StopSignals
+from pretraining.signals import STOPPED, StopSignals, follow_launcher
 from pretraining.sources import TrainingData, open_packed
 from pretraining.split import Split, accumulation_steps
 from pretraining.steps import StepResult, suspects, train_step
@@ -72,15 +73,22 @@ def main() -> None:
     disable_progress_bar()  # transformers' own: there is one for the run
     if not torch.cuda.is_available():
         hardware.keep_freed_memory()
-    state = open_state(args.ddp_timeout)
-    check_launch(state.num_processes)
-    with Watchdog(state, args.ddp_timeout) as watchdog:
-        is_stopped = start(args, state, watchdog)
+    follow_launcher()
+    with StopSignals() as signals:
+        state = open_state(args.ddp_timeout)
+        check_launch(state.num_processes)
+        with Watchdog(state, args.ddp_timeout) as watchdog:
+            try:
+                is_stopped = start(args, state, signals, watchdog)
+            except (OSError, SafetensorError) as error:
+                if "No space left" in str(error) or "quota exceeded" in str(error):
+                    raise ProcessError(f"the disk is full: {error}") from error
+                raise
     if is_stopped:
         sys.exit(STOPPED)
 
 
-def start(args: TrainArguments, state: PartialState, watchdog: Watchdog) -> bool:
+def start(args: TrainArguments, state: PartialState, signals: StopSignals, watchdog: Watchdog) -> bool:
     """Open what the flags name, and train. Returns whether a signal stopped it before its end."""
     output_dir = Path(args.output_dir)
     data = open_data(args, state)
@@ -118,7 +126,8 @@ def start(args: TrainArguments, state: PartialState, watchdog: Watchdog) -> bool
             if args.push_to_hub and state.is_main_process:
                 print(f"published as {publish.push(output_dir, hub_name(args))}")
         else:
-            is_stopped = train(args, accelerator, config, data, split, who, hellaswag, folder.checkpoint, watchdog)
+            run = (args, accelerator, config, data, split, who, hellaswag, folder.checkpoint)
+            is_stopped = train(*run, signals, watchdog)
     # The model first, then the process group: destroyed with a DDP model still referring to it, gloo's threads and
     # this one can wait for each other for ever.
     accelerator.free_memory()
@@ -155,6 +164,7 @@ def train(
     who: dict,
     hellaswag: list[EncodedItem],
     last_checkpoint: Path | None,
+    signals: StopSignals,
     watchdog: Watchdog,
 ) -> bool:
     """
@@ -188,14 +198,15 @@ def train(
         anomalies.load(position["anomalies"])
         accelerator.print(f"continuing from {last_checkpoint}")
         if accelerator.is_main_process:
-            write_arguments(output_dir, asdict(args))
+            write_arguments(output_dir, asdict(args), who)
             for folder in set_aside_later(output_dir, run.step):
                 print(f"set aside, being of what came after it before: {folder}")
     accelerator.print(summary(args, accelerator, data, run.tokens_per_step, groups))
-    is_same_data = position and position["identity"]["data"] == who["data"]
-    batches = data.batches(split, args.seed, run.step, position["stream"] if is_same_data else None)
+    goes_on = position is not None and is_same_data(position["identity"], who)
+    batches = data.batches(split, args.seed, run.step, position["stream"] if goes_on else None)
+    is_due = position is not None and position["is_due"]
     with (
-        RunLog(accelerator, output_dir, run.step, args.max_steps, args.trackers(), asdict(args)) as log,
+        RunLog(accelerator, output_dir, run.step, args.max_steps, args.trackers(), asdict(args), is_due) as log,
         CheckpointWriter(accelerator, output_dir, model, optimizers, args.save_total_limit) as writer,
     ):
         training = Training(
@@ -211,10 +222,11 @@ def train(
             log,
             writer,
             anomalies,
+            signals,
             watchdog,
         )
         try:
-            is_stopped = training.loop(is_due=bool(position and position["is_due"]))
+            is_stopped = training.loop(is_due)
         except RuntimeError as error:
             if not should_reduce_batch_size(error):
                 raise
@@ -275,6 +287,7 @@ class Training:
     log: RunLog
     writer: CheckpointWriter
     anomalies: Anomalies
+    signals: StopSignals
     watchdog: Watchdog
     samples: list[str] = field(default_factory=list)
 
@@ -294,36 +307,32 @@ class Training:
             is_due: what is due after the step behind us is still to be done, as a signal came in between.
         """
         args, run = self.args, self.run
+        self.signals.defer()
         if is_due:
             self.do_what_is_due(is_saved=True)
         run.restart_interval()
-        with StopSignals() as signals:
-            while run.step < args.max_steps:
-                result, learning_rate = self.step(signals)
-                is_last = run.step == args.max_steps
-                self.log.progress(run.step)
-                if self.anomalies.verdict != NOT_FINITE and (
-                    is_last or run.step == 1 or self.is_due(args.logging_steps)
-                ):
-                    self.write_metrics(result, learning_rate)
-                elif run.step == self.first_step + 1:
-                    run.restart_interval()  # to compile, or to warm up, is not training speed
-                if SAVING_FAILED in result.notes:
-                    self.writer.wait()  # which raises what it was
-                if any(result.notes) and not is_last:
-                    self.save_checkpoint(is_due=True)
-                    self.writer.wait()
-                    self.say_stopped(result.notes)
-                    return True
-                self.do_what_is_due()
+        while run.step < args.max_steps:
+            result, learning_rate = self.step()
+            is_last = run.step == args.max_steps
+            self.log.progress(run.step)
+            if self.anomalies.verdict != NOT_FINITE and (is_last or run.step == 1 or self.is_due(args.logging_steps)):
+                self.write_metrics(result, learning_rate)
+            elif run.step == self.first_step + 1:
+                run.restart_interval()  # to compile, or to warm up, is not training speed
+            if SAVING_FAILED in result.notes:
+                self.writer.wait()  # which raises what it was
+            if any(result.notes) and not is_last:
+                self.stop(result.notes)
+                return True
+            self.do_what_is_due()
         self.writer.wait()
         return False
 
-    def note(self, signals: StopSignals) -> int:
+    def note(self) -> int:
         """What the other processes have to know at the end of a step."""
-        return SAVING_FAILED if self.writer.has_failed() else signals.received()
+        return SAVING_FAILED if self.writer.has_failed() else self.signals.received()
 
-    def step(self, signals: StopSignals) -> tuple[StepResult, float]:
+    def step(self) -> tuple[StepResult, float]:
         """One step, and what is to be said of it if it went wrong. Returns its result and its learning rate."""
         args, run = self.args, self.run
         if not self.anomalies.in_a_row:
@@ -343,7 +352,7 @@ class Training:
             self.accelerator,
             args.max_grad_norm,
             self.anomalies.may_update,
-            lambda: self.note(signals),
+            self.note,
         )
         run.step += 1
         if self.anomalies.verdict != FINE:
@@ -361,14 +370,23 @@ class Training:
             self.score_hellaswag()
         if is_last or self.is_due(args.sample_steps):
             self.write_samples()
-        if not is_last and not is_saved and self.is_due(args.save_steps):
-            self.save_checkpoint()
+        # Within steps that go wrong in a row there is none: it would go on in the middle of them.
+        if not is_last and not is_saved and not self.anomalies.in_a_row and self.is_due(args.save_steps):
+            self.save_checkpoint(self.state())
 
-    def say_stopped(self, notes: list[int]) -> None:
+    def stop(self, notes: list[int]) -> None:
+        """Save a checkpoint, as a process got a signal."""
+        if self.anomalies.in_a_row:
+            folder = self.save_last_good()
+        else:
+            state = self.state()
+            state.position["is_due"] = True
+            folder = self.save_checkpoint(state)
+        self.writer.wait()
         process, number = next((process, number) for process, number in enumerate(notes) if number)
         of = f" of process {process}" if len(notes) > 1 else ""
-        folder = checkpoint_folder(self.output_dir, self.run.step)
-        self.log.write(f"stopped by {Signals(number).name}{of}: {folder} is saved, the same command goes on from it")
+        saved = f"{folder} is saved, the same command goes on from it" if folder else "there is nothing to save"
+        self.log.write(f"stopped by {Signals(number).name}{of}: {saved}")
 
     def report(self, result: StepResult, rows: list[torch.Tensor], micro_batches: list[dict]) -> None:
         """
@@ -393,15 +411,10 @@ class Training:
         Raises:
             UserError: after a checkpoint from before the steps that went wrong.
         """
-        state, run = self.last_good, self.run
-        step = state.position["step"]
-        self.writer.wait()  # for what may be that very checkpoint
-        folder = checkpoint_folder(self.output_dir, step)
-        is_there = on_main_process(self.accelerator.state, lambda: folder.exists())
-        if step and not is_there:
-            self.save_checkpoint(state=state)
+        folder, run = self.save_last_good(), self.run
         self.writer.wait()
-        saved = f"{folder} is from before" if step else "there is no checkpoint from before"
+        saved = f"{folder} is from before" if folder else "there is no checkpoint from before"
+        step = self.last_good.position["step"]
         raise UserError(
             f"{run.step - step} steps in a row were left out, the last as {sentence(event)}. {saved}: a lower "
             "--learning_rate may help (with --allow_changes learning_rate), or without these rows"
@@ -496,16 +509,20 @@ class Training:
             self.log.write(f"--- sample at step {self.run.step}\n{sample}\n---")
         self.run.restart_interval()
 
-    def save_checkpoint(self, state: LoopState | None = None, is_due: bool = False) -> None:
-        """
-        Args:
-            state: with the weights as they are; where the loop stands now, if left out.
-            is_due: what is due after this step is still to be done.
-        """
-        state = state or self.state()
-        state.position["is_due"] = is_due
+    def save_checkpoint(self, state: LoopState) -> Path:
+        """With the weights as they are. Returns the folder that it will have."""
         self.writer.save(state)
         self.run.restart_interval()
+        return checkpoint_folder(self.output_dir, state.position["step"])
+
+    def save_last_good(self) -> Path | None:
+        """A checkpoint from before the steps in a row that changed no weights, if it is not there, and if any was."""
+        self.writer.wait()  # for what may be that very checkpoint
+        step = self.last_good.position["step"]
+        folder = checkpoint_folder(self.output_dir, step)
+        if step and not on_main_process(self.accelerator.state, folder.exists):
+            self.save_checkpoint(self.last_good)
+        return folder if step else None
 
     def plain_model(self) -> PreTrainedModel:
         """Not compiled: for inputs of many lengths, each of which would be compiled for."""

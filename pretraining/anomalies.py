@@ -56,7 +56,7 @@ class Anomalies:
 
     def state(self) -> dict:
         """As JSON, for a checkpoint."""
-        return {"recent": list(self.recent), "in_a_row": self.in_a_row}
+        return {"recent": list(self.recent)}
 
     def load(self, state: dict) -> None:
-        self.recent, self.in_a_row = state["recent"], state["in_a_row"]
+        self.recent = state["recent"]

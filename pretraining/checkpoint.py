@@ -184,8 +184,13 @@ def load_checkpoint(accelerator: Accelerator, folder: Path, model: nn.Module, op
         try:
             weights = load_file(folder / "model.safetensors")
             weights |= {alias: weights[name] for alias, name in _aliases(accelerator, model).items()}
+            own = accelerator.unwrap_model(model, keep_torch_compile=False).state_dict()
+            if {name: weight.shape for name, weight in weights.items()} != {name: own[name].shape for name in own}:
+                raise ValueError("the weights are those of another model")
             optimizer_state |= torch.load(folder / "optimizer.pt", weights_only=True, mmap=True)
             generators = torch.load(folder / "rng.pt", weights_only=True)
+            if not all(isinstance(states["cpu"], torch.ByteTensor) for states in generators):
+                raise ValueError("rng.pt has no states of generators")
             return json.loads((folder / "position.json").read_text(encoding="utf-8")), generators
         except (
             OSError,

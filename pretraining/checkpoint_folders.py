@@ -62,7 +62,9 @@ def verify(folder: Path) -> list[str]:
     try:
         files = dict(json.loads(manifest.read_text(encoding="utf-8"))["files"])
         sizes = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()}
-    except (OSError, ValueError, KeyError, TypeError):
+        if not all(isinstance(name, str) for name in files):
+            return [f"{manifest} is damaged"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return [f"{manifest} is damaged"]
     problems = [
         f"{folder} has no {name} in its {MANIFEST}: another version wrote it" for name in FILES if name not in files
@@ -124,6 +126,9 @@ def checkpoint_to_resume(output_dir: Path, resume_from_checkpoint: str) -> tuple
             *damages,
             f"no checkpoint of {output_dir} is whole: delete it, or choose another --output_dir, to start again",
         )
+    for link in output_dir.glob("checkpoint-*"):
+        if link.is_symlink() and step_of(link) is not None and (link / MANIFEST).is_file():
+            raise UserError(f"{link} is a link: name it, --resume_from_checkpoint {link}, to go on from it")
     return None, []
 
 
@@ -131,12 +136,12 @@ def remove_litter(output_dir: Path) -> list[Path]:
     """Delete what a program that was killed left half-done. Returns the checkpoints among it, never finished."""
     unfinished = []
     for path in output_dir.glob(f"*{INCOMPLETE}"):
-        name = Path(path.name.removesuffix(INCOMPLETE))
-        if step_of(name) is not None and path.is_dir() and not path.is_symlink():
+        name = path.name.removesuffix(INCOMPLETE)
+        is_folder = path.is_dir() and not path.is_symlink()
+        if is_folder and step_of(Path(name)) is not None:
             unfinished.append(path)
-        elif not name.name.startswith(DELETED) and name.name not in OURS:
-            continue
-        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        if name in OURS or (is_folder and step_of(Path(name.removeprefix(DELETED))) is not None):
+            shutil.rmtree(path) if is_folder else path.unlink()
     return sorted(unfinished)
 
 
@@ -176,11 +181,11 @@ def mark_best(output_dir: Path) -> Path | None:
     if best is None:
         return None
     final, link = output_dir / BEST, output_dir / (BEST + INCOMPLETE)
-    if final.is_dir() and not final.is_symlink():  # as some ways to copy a run leave it
-        shutil.rmtree(final)
     with contextlib.suppress(OSError):  # a file system without links: it is kept all the same
         link.unlink(missing_ok=True)
         link.symlink_to(best[0].name)
+        if final.is_dir() and not final.is_symlink():  # as some ways to copy a run leave it
+            _set_aside(final)
         os.replace(link, final)
     return best[0]
 

@@ -20,6 +20,7 @@ from pretraining.arguments import UserError
 from pretraining.files import usable_cores
 from pretraining.mixture import Schedule
 from pretraining.shards import TokenRows, checksum_problem, open_arrow_shard, read_data_folder
+from pretraining.signals import ignore_signals
 
 
 class PackedDataset(Dataset):
@@ -156,6 +157,7 @@ def training_batches(dataset: PackedDataset, order: RowOrder, num_workers: int =
         num_workers=num_workers,
         multiprocessing_context="fork" if num_workers else None,  # workers share the maps
         pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_start_worker,
         # Without a generator of its own, every iter() would draw a base seed from the global one and change dropout.
         generator=torch.Generator().manual_seed(0),
     )
@@ -163,6 +165,10 @@ def training_batches(dataset: PackedDataset, order: RowOrder, num_workers: int =
 
 def as_it_is(batch):
     return batch
+
+
+def _start_worker(worker: int) -> None:
+    ignore_signals()
 
 
 @dataclass

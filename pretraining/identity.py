@@ -52,21 +52,26 @@ def differences(before: dict, now: dict, allowed: list[str]) -> list[str]:
     if before.get("tokenizer") != now["tokenizer"]:
         old, new = str(before.get("tokenizer"))[:16], now["tokenizer"][:16]
         found.append(f"another tokenizer: of the fingerprint {old}..., not {new}...")
-    if "data" not in allowed:
-        old, new = before.get("data", {}), now["data"]
-        if old.get("fingerprint") != new["fingerprint"]:
-            names = f"on {old.get('name')}, not on {new['name']}"
-            if old.get("name") == new["name"]:
-                names += ", prepared in another way"
-            found.append(f"other data: {names}: go on all the same with --allow_changes data")
+    if is_same_data(before, now):
         for key, value in now["binding"].items():
             old = before.get("binding", {}).get(key)
             if old != value:
                 found.append(f"a stream with {key} {_shown(old)}, not {value}: it has to stay")
+    elif "data" not in allowed:
+        old, new = before.get("data", {}), now["data"]
+        names = f"on {old.get('name')}, not on {new['name']}"
+        if old.get("name") == new["name"]:
+            names += ", prepared in another way"
+        found.append(f"other data: {names}: go on all the same with --allow_changes data")
     old, new = before.get("tokens_per_step"), now["tokens_per_step"]
     if old != new:
         found.append(f"{_shown(old)} tokens per step, not {new}: --tokens_per_step {old} keeps it")
     return found
+
+
+def is_same_data(before: dict, now: dict) -> bool:
+    """Whether a position in the data of one run means the same in that of the other."""
+    return before.get("data", {}).get("fingerprint") == now["data"]["fingerprint"]
 
 
 def _shown(value: object) -> str:

@@ -18,6 +18,7 @@ from pretraining.identity import differences
 from pretraining.launch import on_main_process
 
 TRAINING_ARGS = "training_args.yaml"
+IDENTITY = "identity.json"
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,9 @@ def open_run_folder(output_dir: Path, arguments: dict, identity: dict, state: Pa
         yield on_main_process(state, work)
 
 
-def write_arguments(output_dir: Path, arguments: dict) -> None:
-    """Write training_args.yaml, a recipe of the run."""
+def write_arguments(output_dir: Path, arguments: dict, identity: dict) -> None:
+    """Write training_args.yaml, a recipe of the run, and identity.json, what it may be compared with."""
+    write_text(output_dir / IDENTITY, json.dumps(identity, indent=2) + "\n")
     given = {key: value for key, value in arguments.items() if value is not None}
     write_text(output_dir / TRAINING_ARGS, yaml.safe_dump(given, sort_keys=False, allow_unicode=True))
 
@@ -93,7 +95,7 @@ def _open(output_dir: Path, arguments: dict, identity: dict) -> Opened:
             f"--output_dir {output_dir} holds a run already: delete it, or choose another, to start from step 0"
         )
     if is_finished:
-        _check_settings(output_dir, identity["settings"])
+        _check_finished(output_dir, identity)
         return Opened(is_finished=True)
     if has_run and resume != "auto" and not Path(resume).resolve().is_relative_to(output_dir.resolve()):
         if _read_arguments(output_dir).get("resume_from_checkpoint") != resume:
@@ -105,7 +107,7 @@ def _open(output_dir: Path, arguments: dict, identity: dict) -> Opened:
     messages = [f"{path} was never finished, and is deleted" for path in remove_litter(output_dir)]
     folder, damages = checkpoint_to_resume(output_dir, resume)
     if folder is None:
-        write_arguments(output_dir, arguments)
+        write_arguments(output_dir, arguments, identity)
         return Opened(messages=messages)
     messages += [f"passed over: {damage}" for damage in damages]
     _check_position(folder, arguments["allow_changes"], identity)
@@ -120,23 +122,26 @@ def _read_arguments(output_dir: Path) -> dict:
         raise UserError(f"{path} is damaged: without it nobody knows what run this is") from None
 
 
-def _check_settings(output_dir: Path, settings: dict) -> None:
-    before = _read_arguments(output_dir)
-    problems = [
-        f"{output_dir} holds a finished run with --{key} {before.get(key)}, not {value}: choose another --output_dir"
-        for key, value in settings.items()
-        if key != "mixed_precision" and before.get(key) != value
-    ]
-    if problems:
-        raise UserError(*problems)
+def _check_finished(output_dir: Path, identity: dict) -> None:
+    try:
+        before = dict(json.loads((output_dir / IDENTITY).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return  # a model that came from elsewhere: it is left as it is
+    if problems := differences(before, identity, allowed=[]):
+        raise UserError(*(f"{output_dir} holds a finished run, of {problem}" for problem in problems))
 
 
 def _check_position(folder: Path, allow_changes: list[str], identity: dict) -> None:
     try:
         position = json.loads((folder / "position.json").read_text(encoding="utf-8"))
-        step, before = int(position["step"]), dict(position["identity"])
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{folder} is of another version of this program, whose checkpoints are other ones") from None
+        step, before = position["step"], dict(position["identity"])
+        is_sound = type(step) is int and step > 0 and type(position["is_due"]) is bool
+        is_sound &= type(position["elapsed_seconds"]) is float and bool(position["streams"])
+        is_sound &= all(type(loss) is float for loss in position["anomalies"]["recent"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        is_sound = False
+    if not is_sound:
+        raise UserError(f"{folder} is of another version of this program, whose checkpoints are other ones")
     max_steps = identity["settings"]["max_steps"]
     if step >= max_steps:
         raise UserError(f"{folder} has --max_steps {max_steps} behind it: nothing is left to train")

@@ -36,6 +36,7 @@ class RunLog:
     Args:
         first_step: the number of steps already done; lines of metrics.jsonl beyond it belong to a continuation that
             was lost, and are removed.
+        is_due: so are the evaluations after that step, as they will come again.
         report_to: names of `TRACKERS`.
         settings: what the trackers are to know of the run.
     """
@@ -48,6 +49,7 @@ class RunLog:
         max_steps: int,
         report_to: list[str],
         settings: dict,
+        is_due: bool = False,
     ):
         self.is_main = accelerator.is_main_process
         self.output_dir = output_dir
@@ -55,7 +57,7 @@ class RunLog:
         self.unsent: dict[str, int] = {}
         if self.is_main:
             for name in (METRICS_FILE, EVENTS_FILE):
-                _truncate(output_dir / name, first_step)
+                _truncate(output_dir / name, first_step, is_due)
             self.unsent = _read_unsent(output_dir)
             # They take numbers, words and booleans, not lists or None.
             settings = {
@@ -177,15 +179,20 @@ def _write_unsent(output_dir: Path, unsent: dict[str, int]) -> None:
         (output_dir / UNSENT_FILE).unlink(missing_ok=True)
 
 
-def _truncate(path: Path, last_step: int) -> None:
-    """Drop the lines after `last_step`, and a last line that a killed run left unfinished."""
+def _truncate(path: Path, last_step: int, is_due: bool) -> None:
+    """
+    Drop the lines after `last_step`, those of its evaluations if they are still due, and a last line that a killed run
+    left unfinished.
+    """
     if not path.is_file():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for text in path.read_text(encoding="utf-8").splitlines():
         try:
-            if json.loads(line)["step"] <= last_step:
-                kept.append(line + "\n")
+            line = json.loads(text)
         except json.JSONDecodeError:
             continue
+        is_evaluation = "eval_loss" in line or "hellaswag_n" in line
+        if line["step"] < last_step or (line["step"] == last_step and not (is_due and is_evaluation)):
+            kept.append(text + "\n")
     write_text(path, "".join(kept))

@@ -1,23 +1,27 @@
 """Signals by which a scheduler asks a run to end soon, and the exit status that says that it did."""
 
+import ctypes
+import os
 import signal
+import sys
+from pathlib import Path
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, start it again
+LAUNCHERS = (b"accelerate", b"torchrun", b"torch.distributed.run")
+PR_SET_PDEATHSIG = 1  # of Linux, see prctl(2)
 
 
 class StopSignals:
     """
-    Within this context a signal of SIGNALS is noted, and does nothing else: the loop ends after the step it is in.
+    Within this context a signal of SIGNALS ends the process at once, as there is nothing to save, until `defer` is
+    called: from then on it is noted, and does nothing else.
     """
 
     def __init__(self):
         self._received = 0
-
-    def received(self) -> int:
-        """The signal's number, 0 if there was none."""
-        return self._received
+        self._is_deferred = False
 
     def __enter__(self) -> "StopSignals":
         self._before = {number: signal.signal(number, self._receive) for number in SIGNALS}
@@ -27,5 +31,31 @@ class StopSignals:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    def defer(self) -> None:
+        self._is_deferred = True
+
+    def received(self) -> int:
+        """The signal's number, 0 if there was none."""
+        return self._received
+
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self._received = number
+        if not self._is_deferred:
+            print(f"stopped by {signal.Signals(number).name} before the first step", file=sys.stderr, flush=True)
+            os._exit(STOPPED)
+
+
+def ignore_signals() -> None:
+    """For a data loader's workers, which may get what is meant for their process: it ends them when it ends."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def follow_launcher() -> None:
+    """
+    Have the system send SIGTERM to this process when the launcher that started it dies: some do not pass on that they
+    were killed, and the training would go on alone. Only Linux can.
+    """
+    command = Path(f"/proc/{os.getppid()}/cmdline")
+    if command.exists() and any(name in command.read_bytes() for name in LAUNCHERS):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))

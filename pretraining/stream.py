@@ -22,6 +22,7 @@ from pretraining.data import as_it_is
 from pretraining.encoding import Encoder
 from pretraining.mixture import Schedule
 from pretraining.shards import token_dtype
+from pretraining.signals import ignore_signals
 
 
 class RowStream:
@@ -212,5 +213,6 @@ class StreamBatches:
 
 def _after_fork(worker: int) -> None:
     """A fork leaves threads behind: those of `tokenizers`, which would warn of it, and of fsspec, which would hang."""
+    ignore_signals()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     fsspec.asyn.reset_lock()

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -17,14 +18,18 @@ from conftest import REPOSITORY, TINY, metrics, script, succeed
 from faults import (
     DROPOUT,
     assert_equal,
+    assert_equal_checkpoints,
     flags,
     kill_oneself,
     signal_in,
 )
 from processes import run_ranks, start, wait_until
+from safetensors.torch import load_file, save_file
 
 import train_accelerate
-from pretraining.checkpoint_folders import checkpoint_to_resume, complete_checkpoints, verify
+from pretraining.checkpoint import CheckpointWriter
+from pretraining.checkpoint_folders import checkpoint_to_resume, commit, complete_checkpoints, verify
+from pretraining.identity import differences
 from pretraining.signals import STOPPED
 
 # Rows 2, 7: killed while saving
@@ -140,9 +145,13 @@ def other_data(tmp_path_factory) -> Path:
 
 
 def test_what_is_named_may_differ(stopped, data_dir):
-    changes = ("--learning_rate", 1e-5, "--max_steps", 8, "--allow_changes", "learning_rate", "max_steps")
+    changes = ("--learning_rate", 1e-5, "--max_steps", 8, "--weight_decay", 0.3)
+    changes += ("--allow_changes", "learning_rate", "max_steps", "weight_decay")
     result = succeed(script("train_accelerate.py", *flags(data_dir, stopped, "--save_steps", 2, *changes)))
     assert "continuing from" in result.stdout
+    optimizers = torch.load(complete_checkpoints(stopped)[-1] / "optimizer.pt")["optimizers"]
+    decays = {value for name, value in optimizers["param_groups"][0].items() if name == "weight_decay"}
+    assert decays == {0.3}
     rates = {line["step"]: line["learning_rate"] for line in metrics(stopped) if "loss" in line}
     assert len(rates) == 8 and rates[5] > 1e-5 > rates[6] > rates[8]
 
@@ -173,9 +182,11 @@ def test_a_folder_is_for_one_program_at_a_time(data_dir, tmp_path, refuse):
     arguments = flags(data_dir, tmp_path / "run", "--max_steps", 100_000)
     running = start("train_accelerate.py", *arguments)
     wait_until(lambda: (tmp_path / "run/metrics.jsonl").exists())
-    (error,) = refuse(train_accelerate, *arguments)
+    try:
+        (error,) = refuse(train_accelerate, *arguments, "--max_steps", 2)
+    finally:
+        running.process.kill()
     assert "is in use by another program" in error
-    running.process.kill()
     assert running.wait().returncode == -signal.SIGKILL
 
 
@@ -219,13 +230,14 @@ ls {disk}/run
 def test_rotation_keeps_the_best_and_the_latest_and_leaves_foreign_folders_alone(data_dir, tmp_path):
     output_dir, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
     (elsewhere / "checkpoint-000001").mkdir(parents=True)
-    (elsewhere / "checkpoint-000001/manifest.json").write_text("{}")
+    (elsewhere / "checkpoint-000001/notes.txt").write_text("elsewhere")
     for name in (
         "checkpoint-000002",
         "checkpoint-best",
         "checkpoint-1 (copy)",
         "checkpoint-000000x",
         "mine.incomplete",
+        "deleted-scenes.incomplete",
     ):
         (output_dir / name).mkdir(parents=True)
         (output_dir / name / "notes.txt").write_text(name)
@@ -243,7 +255,7 @@ def test_rotation_keeps_the_best_and_the_latest_and_leaves_foreign_folders_alone
     assert kept == {f"checkpoint-{best:06d}", "checkpoint-000070", "checkpoint-000080"}
     assert os.readlink(output_dir / "best-checkpoint") == f"checkpoint-{best:06d}"
     assert all(path.exists() for path in foreign), result.stdout
-    assert (elsewhere / "checkpoint-000001/manifest.json").read_text() == "{}"
+    assert (elsewhere / "checkpoint-000001/notes.txt").read_text() == "elsewhere"
 
 
 def damage(path: Path, how: str) -> None:
@@ -339,3 +351,106 @@ def test_a_manifest_that_leads_out_of_its_folder_is_refused(name, stopped, data_
     result = succeed(script("train_accelerate.py", *flags(data_dir, stopped, "--max_steps", 6, "--save_steps", 2)))
     assert expected in result.stdout and "continuing from" in result.stdout
     assert outside.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("manifest.json", '{"files": [[5, {"bytes": 1, "sha256": "x"}]]}'),
+        ("manifest.json", '{"files": {"model.safetensors": {"bytes": 1e999, "sha256": "x"}}}'),
+        ("manifest.json", "[" * 200_000),
+        ("manifest.json", "[]"),
+    ],
+)
+def test_a_manifest_of_any_kind_is_damaged_at_most(name, content, stopped):
+    (stopped / "checkpoint-000005" / name).write_text(content)
+    found, (message,) = checkpoint_to_resume(stopped, "auto")
+    assert found == stopped / "checkpoint-000004" and message.endswith("manifest.json is damaged")
+
+
+@pytest.mark.parametrize(
+    "changes", [{"step": "5"}, {"step": -3}, {"anomalies": {}}, {"anomalies": {"recent": ["x"]}}, {"streams": []}]
+)
+def test_a_position_of_another_kind_is_refused(changes, stopped, data_dir, refuse):
+    path = stopped / "checkpoint-000005/position.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    write_manifest(path.parent)
+    (error,) = refuse(train_accelerate, *flags(data_dir, stopped, "--max_steps", 6, "--save_steps", 2))
+    assert "checkpoint-000005 is of another version of this program" in error
+
+
+def test_weights_that_lack_one_are_refused(stopped, data_dir, refuse):
+    folder = stopped / "checkpoint-000005"
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, folder / "model.safetensors")
+    write_manifest(folder)
+    (error,) = refuse(train_accelerate, *flags(data_dir, stopped, "--max_steps", 6, "--save_steps", 2))
+    assert "holds something else than a checkpoint: the weights are those of another model" in error
+
+
+def test_a_finished_run_of_something_else_is_not_taken_for_this_one(stopped, data_dir, other_data, refuse):
+    arguments = flags(data_dir, stopped, "--max_steps", 6, "--save_steps", 2)
+    succeed(script("train_accelerate.py", *arguments))
+    assert "holds a finished run; to train again" in succeed(script("train_accelerate.py", *arguments)).stdout
+    errors = refuse(train_accelerate, *arguments, "--data_dir", other_data)
+    assert any("holds a finished run, of other data: on documents.jsonl" in error for error in errors)
+    (error,) = refuse(train_accelerate, *arguments, "--gradient_accumulation_steps", 3)
+    assert "holds a finished run, of 256 tokens per step, not 384" in error
+
+
+def test_data_of_the_same_name_is_other_data_and_a_stream_keeps_its_processes():
+    def run(fingerprint: str, num_processes: int) -> dict:
+        same = {"settings": {}, "config": {}, "tokenizer": "t", "tokens_per_step": 64}
+        return {**same, "data": {"name": "x", "fingerprint": fingerprint}, "binding": {"num_processes": num_processes}}
+
+    assert differences(run("a", 1), run("a", 1), []) == []
+    (difference,) = differences(run("a", 1), run("b", 2), [])
+    assert difference.startswith("other data: on x, not on x, prepared in another way")
+    assert differences(run("a", 1), run("b", 2), ["data"]) == []
+    (difference,) = differences(run("a", 1), run("a", 2), ["data"])
+    assert difference == "a stream with num_processes 1, not 2: it has to stay"
+
+
+def wait_before_writing() -> None:
+    """Have the thread that writes a checkpoint begin late, when training has gone on."""
+    write = CheckpointWriter._write
+
+    def late(*arguments):
+        time.sleep(0.5)
+        write(*arguments)
+
+    CheckpointWriter._write = late
+
+
+def test_a_checkpoint_that_is_written_late_holds_what_was_so_when_it_was_due(stopped, data_dir, tmp_path):
+    arguments = flags(data_dir, tmp_path / "late", "--max_steps", 6, "--save_steps", 4)
+    succeed(start("train_accelerate.py", *arguments, fault=wait_before_writing).wait())
+    assert_equal_checkpoints(tmp_path / "late/checkpoint-000004", stopped / "checkpoint-000004")
+
+
+def test_a_checkpoint_that_cannot_be_written_is_told_after_the_step_in_which_that_shows(data_dir, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/training_args.yaml").write_text("{}\n")
+    (tmp_path / "run/checkpoint-000030.incomplete").write_text("in the way, and not a folder of ours")
+    result = script("train_accelerate.py", *flags(data_dir, tmp_path / "run", "--max_steps", 400, "--save_steps", 30))
+    assert result.returncode == 2
+    (error,) = [line for line in result.stderr.splitlines() if "error:" in line]
+    assert "checkpoint-000030 cannot be written" in error
+    assert metrics(tmp_path / "run")[-1]["step"] < 60
+
+
+def test_all_is_on_the_disk_before_it_gets_its_name(stopped, tmp_path, monkeypatch):
+    calls = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: (calls.append(os.readlink(f"/proc/self/fd/{fd}")), fsync(fd)))
+    monkeypatch.setattr(os, "replace", lambda old, new: (calls.append((str(old), str(new))), replace(old, new)))
+    folder, final = tmp_path / "checkpoint-000009.incomplete", tmp_path / "checkpoint-000009"
+    shutil.copytree(stopped / "checkpoint-000005", folder)
+    (folder / "manifest.json").unlink()
+    files = [str(path) for path in folder.iterdir()]
+    commit(folder, final)
+    renamed = calls.index((str(folder), str(final)))
+    assert {*files, str(folder), str(folder / "manifest.json")} <= set(calls[:renamed])
+    assert calls[renamed + 1 :] == [str(tmp_path)]
+    assert verify(final) == []

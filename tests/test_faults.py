@@ -14,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from conftest import REPOSITORY, TINY, metrics, script, succeed
@@ -22,14 +23,14 @@ from faults import (
     BATCH,
     assert_equal,
     assert_equal_checkpoints,
-    assert_equal_states,
     events,
     flags,
+    kill_oneself,
     on_call,
     signal_in,
     timeless,
 )
-from processes import run_ranks, start_ranks, wait_until
+from processes import run_ranks, start, start_ranks, wait_until
 from safetensors.torch import load_file
 
 from pretraining.checkpoint_folders import complete_checkpoints, verify
@@ -71,13 +72,62 @@ def test_a_signal_to_any_process_saves_one_checkpoint_and_the_run_goes_on_to_the
     last = complete_checkpoints(tmp_path / "run")[-1]
     assert last.name == "checkpoint-000007" and verify(last) == []
 
-    for result in run_ranks(num_processes, "train_accelerate.py", *arguments):
-        assert "checkpoint-000007" in succeed(result).stdout or result.stdout == ""
+    # Killed once more, when the evaluation that was due is done but no later checkpoint is there.
+    faults = {rank: signal_in(2, 0, signal.SIGKILL) for rank in range(num_processes)}  # the second after 7
+    killed, *_ = run_ranks(num_processes, "train_accelerate.py", *arguments, faults=faults)
+    assert "checkpoint-000007" in killed.stdout and killed.returncode == -signal.SIGKILL
+    result, *_ = run_ranks(num_processes, "train_accelerate.py", *arguments)
+    assert "checkpoint-000007" in succeed(result).stdout
     assert_equal(tmp_path / "run", references[num_processes])
     names = {path.name for path in references[num_processes].glob("*checkpoint*")}
     assert names == {"checkpoint-000007", "checkpoint-000014", "best-checkpoint"}
     assert {path.name for path in (tmp_path / "run").glob("*checkpoint*")} == names
     assert os.readlink(tmp_path / "run/best-checkpoint") == os.readlink(references[num_processes] / "best-checkpoint")
+
+
+def test_a_signal_to_a_process_and_its_data_loader_workers_saves_a_checkpoint(data_dir, tmp_path):
+    """As a service manager sends it to all that a service has started."""
+    running = start("train_accelerate.py", *flags(data_dir, tmp_path / "run", "--max_steps", 100_000, *WORKERS))
+    wait_until(lambda: (tmp_path / "run/metrics.jsonl").exists())
+    process = psutil.Process(running.pid)
+    workers = process.children()
+    assert len(workers) == 2
+    for each in (*workers, process):
+        each.send_signal(signal.SIGTERM)
+    assert running.wait(30).returncode == STOPPED
+    assert len(complete_checkpoints(tmp_path / "run")) == 1
+    assert not psutil.wait_procs(workers, timeout=10)[1]
+
+
+WORKERS = ("--dataloader_num_workers", 2)
+
+
+def test_a_signal_before_the_first_step_ends_the_process_at_once(data_dir, tmp_path):
+    fault = functools.partial(on_call, "memory.fitting_batch_size", 1, functools.partial(kill_oneself, signal.SIGUSR1))
+    result = start("train_accelerate.py", *flags(data_dir, tmp_path / "run"), fault=fault).wait()
+    assert result.returncode == STOPPED
+    assert "stopped by SIGUSR1 before the first step" in result.stderr
+    succeed(script("train_accelerate.py", *flags(data_dir, tmp_path / "run", "--max_steps", 1)))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_launcher_that_passes_nothing_on_takes_its_process_with_it(number, data_dir, tmp_path):
+    """What `make train` uses: it starts one process, and would leave it behind."""
+    words = [Path(sys.executable).with_name("accelerate"), "launch", "--config_file", REPOSITORY / "configs/cpu.yaml"]
+    words += ["--cpu", "--quiet", "--mixed_precision", "no", REPOSITORY / "train_accelerate.py"]
+    words += flags(data_dir, tmp_path / "run", "--max_steps", 100_000, "--eval_steps", 100_000)
+    with open(tmp_path / "output", "w") as output:
+        launcher = subprocess.Popen(list(map(str, words)), stdout=output, stderr=output)
+    try:
+        wait_until(lambda: (tmp_path / "run/metrics.jsonl").exists())
+        (process,) = psutil.Process(launcher.pid).children()
+    finally:
+        launcher.send_signal(number)
+    launcher.wait()
+    psutil.wait_procs([process], timeout=30)
+    assert not process.is_running()
+    (folder,) = complete_checkpoints(tmp_path / "run")
+    assert verify(folder) == []
 
 
 @pytest.mark.parametrize("num_processes", [1, 2])
@@ -90,6 +140,8 @@ def test_a_run_killed_within_an_accumulation_goes_on_to_the_same_bits(num_proces
     result, *_ = run_ranks(num_processes, "train_accelerate.py", *arguments)
     assert "continuing from" in succeed(result).stdout
     assert_equal(tmp_path / "run", references[num_processes])
+    elapsed = [line["elapsed_seconds"] for line in metrics(tmp_path / "run")]
+    assert elapsed == sorted(elapsed)
     assert_equal_checkpoints(
         tmp_path / "run/checkpoint-000014", references[num_processes] / "checkpoint-000014"
     )  # the optimizer and the generators too
@@ -154,27 +206,30 @@ def test_what_is_not_finite_changes_no_weight_and_is_told_with_step_process_and_
     num_processes, kind, data_dir, tmp_path
 ):
     guilty = num_processes - 1
-    _, row, numbers = row_of(data_dir, 4, num_processes, guilty)
-    more = ("--max_steps", 6, "--save_steps", 1, "--eval_steps", 100)
-    faults = {rank: functools.partial(poison, [row], kind) for rank in range(num_processes)}
+    rows, numbers = zip(*(row_of(data_dir, step, num_processes, guilty)[1:] for step in (2, 4)), strict=True)
+    more = ("--max_steps", 4, "--save_steps", 1, "--eval_steps", 100)
+    faults = {rank: functools.partial(poison, rows, kind) for rank in range(num_processes)}
     results = run_ranks(num_processes, "train_accelerate.py", *flags(data_dir, tmp_path / "run", *more), faults=faults)
     for result in results:
         succeed(result)
-    third, fourth, fifth = (
-        load_file(tmp_path / f"run/checkpoint-00000{step}/model.safetensors") for step in (3, 4, 5)
+    first, third, last = (
+        load_file(tmp_path / "run" / folder / "model.safetensors")
+        for folder in ("checkpoint-000001", "checkpoint-000003", ".")
     )
-    assert all(torch.equal(third[name], fourth[name]) for name in third)
-    assert not all(torch.equal(fourth[name], fifth[name]) for name in third)
-    optimizers = [torch.load(tmp_path / f"run/checkpoint-00000{step}/optimizer.pt")["optimizers"] for step in (3, 4)]
-    assert_equal_states(optimizers[1]["state"], optimizers[0]["state"])
-    assert [line["step"] for line in metrics(tmp_path / "run") if "loss" in line] == [1, 2, 3, 5, 6]
-    (event,) = events(tmp_path / "run")
-    assert (event["step"], event["event"], event["update"]) == (4, "not_finite", "left out")
+    assert all(torch.equal(third[name], last[name]) for name in third)
+    assert not all(torch.equal(first[name], third[name]) for name in third)
+    state = torch.load(tmp_path / "run/checkpoint-000003/optimizer.pt")["optimizers"]["state"]
+    assert {int(moments["step"]) for moments in state.values()} == {2}  # updates, of three steps
+    assert [path.name for path in complete_checkpoints(tmp_path / "run")] == ["checkpoint-000001", "checkpoint-000003"]
+    assert [line["step"] for line in metrics(tmp_path / "run") if "loss" in line] == [1, 3]
+    event = events(tmp_path / "run")[1]
+    assert [each["step"] for each in events(tmp_path / "run")] == [2, 4]
+    assert (event["event"], event["update"]) == ("not_finite", "left out")
     assert (event["loss"] is None) == (kind == "loss") and (event["grad_norm"] is None)
     (micro_batch,) = event["micro_batches"]
     assert (micro_batch["process"], micro_batch["micro_batch"]) == (guilty, ACCUMULATION - 1)
-    assert micro_batch["rows"] == numbers and len(micro_batch["texts"]) == BATCH
-    rows = ", ".join(map(str, numbers))
+    assert micro_batch["rows"] == numbers[1] and len(micro_batch["texts"]) == BATCH
+    rows = ", ".join(map(str, numbers[1]))
     assert f"warning: step 4: {kind} not finite (process {guilty}, rows {rows}), its update left" in results[0].stdout
 
 
@@ -191,14 +246,8 @@ def test_several_in_a_row_end_the_run_with_a_checkpoint_from_before(num_processe
     assert "checkpoint-000004 is from before" in error
     assert verify(tmp_path / "run/checkpoint-000004") == []
 
-    # From there, once the cause is gone, it is the run that it would have been.
-    result = run_ranks(
-        num_processes,
-        "train_accelerate.py",
-        *arguments,
-        "--resume_from_checkpoint",
-        tmp_path / "run/checkpoint-000004",
-    )[0]
+    # The same command goes on from there. Once the cause is gone, it is the run that it would have been.
+    result = run_ranks(num_processes, "train_accelerate.py", *arguments)[0]
     assert "checkpoint-000004" in succeed(result).stdout
     succeed(run_ranks(num_processes, "train_accelerate.py", *flags(data_dir, tmp_path / "whole", *more))[0])
     assert_equal(tmp_path / "run", tmp_path / "whole")
@@ -243,7 +292,6 @@ def test_a_spike_is_told_with_its_rows_and_left_out_if_asked_for(num_processes, 
     # What went before is part of the saved state: gone on from a checkpoint, it is a spike again.
     log = timeless(tmp_path / "run")
     (tmp_path / "run/model.safetensors").unlink()
-    (tmp_path / "run/events.jsonl").write_text("")
     arguments += ("--resume_from_checkpoint", tmp_path / "run/checkpoint-000072")
     succeed(run_ranks(num_processes, "train_accelerate.py", *arguments, faults=faults)[0])
     assert events(tmp_path / "run") == [event] and timeless(tmp_path / "run") == log
@@ -252,29 +300,48 @@ def test_a_spike_is_told_with_its_rows_and_left_out_if_asked_for(num_processes, 
 # Row 11: a process is missing
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_process_that_dies_or_stalls_is_named_by_the_others(number, data_dir, tmp_path):
-    more = ("--max_steps", 100_000, "--ddp_timeout", 8)
-    arguments = flags(data_dir, tmp_path / "run", *more)
+def fail() -> None:
+    raise RuntimeError("the device is broken")
+
+
+@pytest.mark.parametrize(
+    ("num_processes", "victim", "action"),
+    [
+        (3, 2, functools.partial(kill_oneself, signal.SIGKILL)),
+        (3, 1, fail),
+        (2, 0, functools.partial(kill_oneself, signal.SIGSTOP)),
+        (2, 1, functools.partial(kill_oneself, signal.SIGSTOP)),
+    ],
+    ids=["dies", "fails", "first-stalls", "second-stalls"],
+)
+def test_a_process_that_dies_or_stalls_is_named_by_the_others(num_processes, victim, action, data_dir, tmp_path):
+    arguments = flags(data_dir, tmp_path / "run", "--max_steps", 100_000, "--ddp_timeout", 8)
     started = time.monotonic()
-    processes = start_ranks(2, "train_accelerate.py", *arguments, faults={1: signal_in(5, 1, number)})
+    fault = functools.partial(on_call, "steps._backward", 10, action)
+    processes = start_ranks(num_processes, "train_accelerate.py", *arguments, faults={victim: fault})
+    others = [process for rank, process in enumerate(processes) if rank != victim]
     try:
-        result = processes[0].wait(60)
+        results = [process.wait(40) for process in others]
     finally:
-        processes[1].process.kill()
-    assert result.returncode == 1
-    assert time.monotonic() - started < 30
-    assert "error: process 1 does not answer: it has died or stalls (said by process 0)" in result.stderr
+        for process in processes:
+            process.process.kill()
+    assert time.monotonic() - started < 40
+    assert [result.returncode for result in results] == [1] * len(others)
+    said = "".join(result.stderr for result in results)
+    assert f"error: process {victim} does not answer: it has died or stalls (said by process " in said
+    assert not [rank for rank in range(num_processes) if rank != victim and f"process {rank} does not answer" in said]
 
 
 def test_a_process_that_others_wait_for_says_what_it_is_doing(data_dir, tmp_path):
     fault = functools.partial(on_call, "data.as_it_is", 5 * ACCUMULATION, functools.partial(time.sleep, 60))
     arguments = flags(data_dir, tmp_path / "run", "--max_steps", 100_000, "--ddp_timeout", 5)
     processes = start_ranks(2, "train_accelerate.py", *arguments, faults={1: fault})
-    result = processes[0].wait(60)
+    try:
+        result = processes[0].wait(60)
+    finally:
+        processes[1].process.kill()
     assert result.returncode == 1
     assert "error: process 1 is reading the rows of step 5, this one is in step 5 (said by process 0)" in result.stderr
-    processes[1].process.kill()
 
 
 # Row 12: memory
