@@ -9,7 +9,7 @@ from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, start it again
-LAUNCHERS = (b"accelerate", b"torchrun", b"torch.distributed.run")
+LAUNCHERS = {"accelerate", "accelerate-launch", "torchrun", "torch.distributed.run", "accelerate.commands.launch"}
 PR_SET_PDEATHSIG = 1  # of Linux, see prctl(2)
 
 
@@ -57,5 +57,6 @@ def follow_launcher() -> None:
     were killed, and the training would go on alone. Only Linux can.
     """
     command = Path(f"/proc/{os.getppid()}/cmdline")
-    if command.exists() and any(name in command.read_bytes() for name in LAUNCHERS):
+    words = command.read_bytes().decode(errors="replace").split("\0") if command.exists() else []
+    if LAUNCHERS & {Path(word).name for word in words[:3]}:  # as in `python -m torch.distributed.run`
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))

@@ -80,9 +80,8 @@ class Watchdog:
     def _call_roll(self) -> list[str]:
         """A line for each process that does not answer, or does something else than this one, which waits for it."""
         nobody = ["process 0 does not answer: it has died or stalls"]  # it has the store
-        guard = threading.Timer(
-            2 * ANSWER_SECONDS, self._leave, [nobody]
-        )  # a store that stalls answers nothing at all
+        # A store that stalls answers nothing at all, and its time-out is not kept.
+        guard = threading.Timer(2 * ANSWER_SECONDS, self._leave, [nobody])
         guard.daemon = True
         guard.start()
         try:
