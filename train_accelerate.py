@@ -55,7 +55,7 @@ from pretraining.published import comparable_losses
 from pretraining.run import Run
 from pretraining.run_folder import open_run_folder, write_arguments
 from pretraining.runlog import EVENTS_FILE, RunLog, read_metrics, send_unsent
-from pretraining.signals import STOPPED, StopSignals, follow_launcher
+from pretraining.signals import STOPPED, StopSignals, follow_launcher, kill_workers
 from pretraining.sources import TrainingData, open_packed
 from pretraining.split import Split, accumulation_steps
 from pretraining.steps import StepResult, suspects, train_step
@@ -84,6 +84,8 @@ def main() -> None:
                 if "No space left" in str(error) or "quota exceeded" in str(error):
                     raise ProcessError(f"the disk is full: {error}") from error
                 raise
+            finally:
+                kill_workers()
     if is_stopped:
         sys.exit(STOPPED)
 

@@ -1,6 +1,7 @@
 """Signals by which a scheduler asks a run to end soon, and the exit status that says that it did."""
 
 import ctypes
+import multiprocessing
 import os
 import signal
 import sys
@@ -46,9 +47,17 @@ class StopSignals:
 
 
 def ignore_signals() -> None:
-    """For a data loader's workers, which may get what is meant for their process: it ends them when it ends."""
+    """For a data loader's workers, which may get what is meant for their process: it ends them by `kill_workers`."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+def kill_workers() -> None:
+    """Those that are left at the end: Python's own way, SIGTERM, would wait for ever for what ignores it."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would make an error of it
+    for worker in multiprocessing.active_children():
+        if worker.daemon:  # as data loaders start them
+            worker.kill()
 
 
 def follow_launcher() -> None:

@@ -143,7 +143,7 @@ def test_a_finished_run_is_not_overwritten(finished_run, refuse):
     flags = ("--config", output_dir / "training_args.yaml")
     assert "finished run" in succeed(script("train_accelerate.py", *flags)).stdout
     (error,) = refuse(train_accelerate, *flags, "--seed", 1)
-    assert "holds a finished run with --seed 42, not 1" in error
+    assert "holds a finished run, of --seed 42, not 1" in error
     assert (output_dir / "model.safetensors").stat().st_mtime_ns == before
 
 
