@@ -28,6 +28,7 @@ class Watchdog:
         self.rank, self.limit = state.process_index, limit
         self.others = [rank for rank in range(state.num_processes) if rank != state.process_index]
         self.activity, self.deadline = "starting", float("inf")
+        self.answered = 0  # roll calls
         self.is_over = threading.Event()
         self.store = None
         if self.others and "MASTER_PORT" in os.environ:
@@ -67,21 +68,19 @@ class Watchdog:
                 self._leave(self._call_roll() or [f"all processes answer, but none goes on: {here}"])
 
     def _answer(self) -> None:
-        answered = 0
         try:
             while not self.is_over.wait(min(0.5, self.limit / 10)):
                 called = self.store.add("calls", 0)
-                for call in range(answered + 1, called + 1):
+                for call in range(self.answered + 1, called + 1):
                     self.store.set(f"{call}/{self.rank}", self.activity)
-                answered = called
+                self.answered = called
         except dist.DistError:  # the process that has the store has ended: the others will notice
             return
 
     def _call_roll(self) -> list[str]:
         """A line for each process that does not answer, or does something else than this one, which waits for it."""
-        nobody = ["process 0 does not answer: it has died or stalls"]  # it has the store
-        # A store that stalls answers nothing at all, and its time-out is not kept.
-        guard = threading.Timer(2 * ANSWER_SECONDS, self._leave, [nobody])
+        # The store is with process 0. If that stalls, the store's time-out is not kept.
+        guard = threading.Timer(2 * ANSWER_SECONDS, lambda: self._leave(self._without_store()))
         guard.daemon = True
         guard.start()
         try:
@@ -104,9 +103,14 @@ class Watchdog:
                 self.store.set(f"left/{self.rank}", "")
             return lines or [f"process {rank} has left, and has said why" for rank in absent]
         except dist.DistError:
-            return nobody
+            return self._without_store()
         finally:
             guard.cancel()
+
+    def _without_store(self) -> list[str]:
+        if self.answered:
+            return ["process 0 has left, after a roll call: who called it has said why"]
+        return ["process 0 does not answer: it has died or stalls"]
 
     def _leave(self, lines: list[str]) -> None:
         """At once: to leave in the usual way is to wait for the others."""
