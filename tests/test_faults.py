@@ -124,8 +124,10 @@ def test_a_launcher_that_passes_nothing_on_takes_its_process_with_it(number, dat
     finally:
         launcher.send_signal(number)
     launcher.wait()
-    psutil.wait_procs([process], timeout=30)
-    assert not process.is_running()
+    _, alive = psutil.wait_procs([process], timeout=30)
+    for each in alive:
+        each.kill()
+    assert not alive
     (folder,) = complete_checkpoints(tmp_path / "run")
     assert verify(folder) == []
 
