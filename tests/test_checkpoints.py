@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import pickle
+import resource
 import shutil
 import signal
 import subprocess
@@ -21,6 +22,7 @@ from faults import (
     assert_equal_checkpoints,
     flags,
     kill_oneself,
+    on_call,
     signal_in,
 )
 from processes import run_ranks, start, wait_until
@@ -211,7 +213,9 @@ ls {disk}/run
     command = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", program, "sh", *map(str, arguments)]
     result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     if result.returncode == 99 or "unshare" in result.stderr:
-        pytest.skip("this system lets nobody mount a small disk")
+        pytest.skip(
+            "needs the right to mount a file system, as root or in a user namespace; the next test does without"
+        )
     _, second, _ = result.stdout.split("status")
     assert second.startswith(" 2\n")
     (error,) = [line for line in result.stderr.splitlines() if "error:" in line]
@@ -225,6 +229,26 @@ ls {disk}/run
         result.stdout.rstrip().endswith("training_args.yaml")
         and "incomplete" not in result.stdout.split("status 0")[1]
     )
+
+
+def let_no_file_grow(size: int) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_a_checkpoint_that_there_is_no_room_for_ends_all_in_one_line(num_processes, data_dir, tmp_path):
+    """From the third one on no file may have more than 100 kB, which the log has not and the weights have."""
+    more = ("--max_steps", 12, "--save_steps", 3, "--save_total_limit", 4)
+    arguments = flags(data_dir, tmp_path / "run", *more)
+    fault = functools.partial(on_call, "checkpoint.full_weights", 3, functools.partial(let_no_file_grow, 100_000))
+    results = run_ranks(num_processes, "train_accelerate.py", *arguments, faults={0: fault})
+    assert [result.returncode for result in results] == [2] * num_processes
+    (error,) = [line for line in results[0].stderr.splitlines() if "error:" in line]
+    assert "checkpoint-000009 cannot be written" in error
+    assert [verify(folder) for folder in complete_checkpoints(tmp_path / "run")] == [[], []]
+    result, *_ = run_ranks(num_processes, "train_accelerate.py", *arguments)
+    assert "checkpoint-000006" in succeed(result).stdout
+    assert not list((tmp_path / "run").glob("*incomplete"))
 
 
 def test_rotation_keeps_the_best_and_the_latest_and_leaves_foreign_folders_alone(data_dir, tmp_path):
