@@ -13,7 +13,7 @@ from accelerate import PartialState
 from pretraining import publish
 from pretraining.arguments import UserError
 from pretraining.checkpoint_folders import checkpoint_to_resume, checkpoints, remove_litter
-from pretraining.files import locked, write_text
+from pretraining.files import INCOMPLETE, locked, write_text
 from pretraining.identity import differences
 from pretraining.launch import on_main_process
 
@@ -74,16 +74,16 @@ def open_run_folder(output_dir: Path, arguments: dict, identity: dict, state: Pa
 
 def write_arguments(output_dir: Path, arguments: dict, identity: dict) -> None:
     """Write training_args.yaml, a recipe of the run, and identity.json, what it may be compared with."""
-    write_text(output_dir / IDENTITY, json.dumps(identity, indent=2) + "\n")
     given = {key: value for key, value in arguments.items() if value is not None}
     write_text(output_dir / TRAINING_ARGS, yaml.safe_dump(given, sort_keys=False, allow_unicode=True))
+    write_text(output_dir / IDENTITY, json.dumps(identity, indent=2) + "\n")
 
 
 def _check_kind(output_dir: Path) -> None:
     if output_dir.exists() and not output_dir.is_dir():
         raise UserError(f"--output_dir {output_dir} is not a folder")
     names = {path.name for path in output_dir.iterdir()} if output_dir.exists() else set()
-    if names - {".lock"} and TRAINING_ARGS not in names:
+    if names - {".lock", TRAINING_ARGS + INCOMPLETE} and TRAINING_ARGS not in names:  # the first two of a new run
         raise UserError(f"--output_dir {output_dir} exists and is not a run folder: choose another")
 
 
