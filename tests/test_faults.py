@@ -350,14 +350,18 @@ def test_a_process_that_others_wait_for_says_what_it_is_doing(data_dir, tmp_path
 
 
 def limit_memory(megabytes: int) -> None:
-    """What the process may take from when the model is there."""
+    """
+    What the process may take from when the model is there until the size that fits is found: what is limited is not
+    a device's memory but all that the process has, and Python hangs where there is none for a thread that has begun.
+    """
+    _, hard_limit = resource.getrlimit(resource.RLIMIT_DATA)
 
     def limit() -> None:
         taken = int(re.search(r"VmData:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
-        size = taken + megabytes * 1_000_000
-        resource.setrlimit(resource.RLIMIT_DATA, (size, size))
+        resource.setrlimit(resource.RLIMIT_DATA, (taken + megabytes * 1_000_000, hard_limit))
 
     on_call("memory.fitting_batch_size", 1, limit)
+    on_call("memory.replace", 1, lambda: resource.setrlimit(resource.RLIMIT_DATA, (hard_limit, hard_limit)))
 
 
 @pytest.mark.parametrize("num_processes", [1, 2])
@@ -378,7 +382,7 @@ def test_what_does_not_fit_into_memory_is_told_with_what_does_and_halved_if_aske
         "eager",
     )
     arguments = flags(data_dir, tmp_path / "run", *more, "--per_device_train_batch_size", 1024)
-    fault = {num_processes - 1: functools.partial(limit_memory, 200)}
+    fault = {num_processes - 1: functools.partial(limit_memory, 240)}
     results = run_ranks(num_processes, "train_accelerate.py", *arguments, faults=fault)
     assert [result.returncode for result in results] == [2] * num_processes
     (error,) = [line for line in results[0].stderr.splitlines() if "error:" in line]
