@@ -11,13 +11,17 @@ EleutherAI's lm-evaluation-harness: activity label and cleaned texts, `acc` by t
 `acc_norm` by the highest log-likelihood per character of the ending.
 """
 
+import functools
 import itertools
 import json
 import math
+import os
 import re
 import reprlib
+import sys
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -31,15 +35,19 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import modeling_gpt2scratch  # noqa: F401  registers the model type
+from pretraining import hardware
 from pretraining.arguments import ProcessError, UserError, flag, one_line, parse_arguments, run_script
 from pretraining.files import write_text
 from pretraining.launch import check_launch
+from pretraining.loglikelihood import Continuation, loglikelihoods, takes_trees, token_tree
+from pretraining.publish import hellaswag_results, update_model_card
 
 Protocol = Literal["completion", "lm_eval"]
 
 HUB_DATASET = "Rowan/hellaswag"
 TEXT_FIELDS = ("activity_label", "ctx_a", "ctx_b", "ctx")
 FIELDS = ("ind", *TEXT_FIELDS, "endings", "label")
+METRIC = Path(__file__).resolve().parent / "metrics" / "hellaswag"
 MAX_PROBLEMS = 10  # shown; in a file of another kind every line is wrong
 
 
@@ -49,10 +57,15 @@ class HellaSwagArguments:
     data_file: str = flag(None, "items in HellaSwag's own format, a JSON object a line")
     dataset_name: str = flag(None, f"a dataset on the Hub to use instead; without either it is {HUB_DATASET}")
     protocol: Protocol = flag("completion", "how the texts are put together and the likelihoods compared")
-    per_device_eval_batch_size: int = flag(8, "items scored at once, four sequences each")
+    per_device_eval_batch_size: int = flag(8, "items scored at once")
     limit: int = flag(None, "score only the first so many items")
     output_file: str = flag(None, "a JSON file to write the result to")
     predictions_file: str = flag(None, "a JSON-lines file to write the scores of every item to")
+    update_model_card: bool = flag(
+        False, "put the result into the model's card, README.md in its folder or on the Hub"
+    )
+    model_revision: str = flag(None, "branch, tag or commit of a model on the Hub")
+    trust_remote_code: bool = flag(False, "run the modeling code that comes with the model; read it first")
 
     def problems(self) -> list[str]:
         found = []
@@ -64,37 +77,72 @@ class HellaSwagArguments:
             value = getattr(self, name)
             if value is not None and value < 1:
                 found.append(f"--{name} must be at least 1, got {value}")
-        for name in ("output_file", "predictions_file"):  # now, not after an hour of scoring
-            value = getattr(self, name)
-            if value and Path(value).is_dir():
-                found.append(f"--{name} {value} is a folder: give the name of a file")
+        # What can be known now, not after an hour of scoring.
+        for name in ("output_file", "predictions_file"):
+            if (value := getattr(self, name)) and (problem := unwritable(Path(value))):
+                found.append(f"--{name} {value} {problem}")
+        is_folder = bool(self.model_name_or_path) and Path(self.model_name_or_path).is_dir()
+        if is_folder and self.model_revision:
+            found.append(f"--model_revision is for a model on the Hub, {self.model_name_or_path} is a folder")
+        elif self.update_model_card and self.model_revision:
+            found.append("--update_model_card is for the newest revision of a model, not for a --model_revision")
+        if self.update_model_card and is_folder and not (Path(self.model_name_or_path) / "README.md").is_file():
+            found.append(f"--update_model_card: {self.model_name_or_path} has no README.md")
         return found
+
+    def source(self) -> str:
+        return self.data_file or self.dataset_name or HUB_DATASET
 
 
 def main() -> None:
     args = parse_arguments(HellaSwagArguments, __doc__)
-
+    if not torch.cuda.is_available():
+        hardware.keep_freed_memory()
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     check_launch(accelerator.num_processes)
+    if accelerator.is_main_process:
+        load_metric()
 
     # By all processes at once: downloads are locked, and of a mistake each can say what it is before it ends.
-    if args.data_file:
-        items = load_items(args.data_file, args.limit)
-    else:
-        items = load_hub_items(args.dataset_name or HUB_DATASET, args.limit)
-    model, tokenizer = load_model(args.model_name_or_path)
+    load = load_items if args.data_file else load_hub_items
+    items = load(args.source(), args.limit)
+    model, tokenizer = load_model(args.model_name_or_path, args.model_revision, args.trust_remote_code)
     model.to(accelerator.device)
     encoded = encode_items(model.config, tokenizer, items, args.protocol)
-    scores = score_on_all_processes(accelerator, model, encoded, args.per_device_eval_batch_size, progress=True)
-
+    if accelerator.is_main_process and (cut := [item.ind for item in encoded if item.is_cut]):
+        print(
+            f"{len(cut):,} of {len(items):,} items are longer than the model's {window_of(model.config):,} positions "
+            f"and lose the beginning of their context: {', '.join(map(str, cut[:MAX_PROBLEMS]))}"
+            f"{', ...' if len(cut) > MAX_PROBLEMS else ''}",
+            file=sys.stderr,
+        )
+    with accelerator.autocast():  # what the launch config says; around all, as it keeps the weights that it has cast
+        scores = score_on_all_processes(accelerator, model, encoded, args.per_device_eval_batch_size, progress=True)
     if accelerator.is_main_process:
-        result = json.dumps({**summarise(scores, args.protocol), "model": args.model_name_or_path}, indent=2)
-        print(result)
-        if args.output_file:
-            write_text(Path(args.output_file), result + "\n")
-        if args.predictions_file:
-            write_text(Path(args.predictions_file), "".join(json.dumps(score) + "\n" for score in scores))
+        write_results(args, encoded, scores)
     accelerator.end_training()
+
+
+def write_results(args: HellaSwagArguments, items: list["EncodedItem"], scores: list[dict]) -> None:
+    summary = summarise(items, scores, args.protocol)
+    result = json.dumps({**summary, "model": args.model_name_or_path}, indent=2)
+    print(result)
+    if args.output_file:
+        write_text(Path(args.output_file), result + "\n")
+    if args.predictions_file:
+        write_text(Path(args.predictions_file), "".join(json.dumps(score) + "\n" for score in scores))
+    if args.update_model_card:
+        update_model_card(args.model_name_or_path, hellaswag_results(summary, args.source()))
+
+
+def unwritable(path: Path) -> str | None:
+    """What keeps a file from being written, as far as it can be seen."""
+    if path.is_dir():
+        return "is a folder: give the name of a file"
+    parent = next(parent for parent in path.absolute().parents if parent.exists())
+    if not parent.is_dir():
+        return f"cannot be written: {parent} is not a folder"
+    return None if os.access(parent, os.W_OK) else f"cannot be written: no permission to write in {parent}"
 
 
 def score_on_all_processes(
@@ -106,74 +154,111 @@ def score_on_all_processes(
     """
     rank, num_processes = accelerator.process_index, accelerator.num_processes
     # Shares of one size, filled up with the last item: a sharded model's forward pass is an exchange between the
-    # processes, which all have to call it equally often.
+    # processes, which all have to call it equally often, and for the same reason all with trees or none.
     share = range(rank, math.ceil(len(items) / num_processes) * num_processes, num_processes)
     own_items = [items[min(index, len(items) - 1)] for index in share]
-    shares = gather_object([score_items(model, own_items, batch_size, progress and accelerator.is_main_process)])
+    as_trees = all(gather_object([can_be_trees(model, own_items)]))
+    scores = score_items(model, own_items, batch_size, as_trees, progress and accelerator.is_main_process)
+    shares = gather_object([scores])
     return [shares[index % num_processes][index // num_processes] for index in range(len(items))]
 
 
-def score_items(model, items: list["EncodedItem"], batch_size: int, progress: bool = False) -> list[dict]:
+def can_be_trees(model, items: list["EncodedItem"]) -> bool:
+    """Whether the model scores an item's four endings rightly, and so faster, as one tree of tokens."""
+    with evaluating(model):
+        return takes_trees(model, max(items, key=EncodedItem.longest).endings)
+
+
+def score_items(
+    model, items: list["EncodedItem"], batch_size: int, as_trees: bool, progress: bool = False
+) -> list[dict]:
     """
     Score items on this process.
 
     Args:
         model: a causal language model of transformers, on its device.
         items: as `encode_items` returns them.
-        batch_size: items in a forward pass, four sequences each.
+        batch_size: items in a forward pass.
+        as_trees: see `can_be_trees`.
         progress: show a bar, with the accuracies so far.
 
     Returns:
         For each item, in order: `ind`, `label`, `loglikelihoods` (of the four endings, in nats), `pred`, `pred_norm`.
 
     Raises:
-        UserError: if the model's log-likelihoods are not finite.
+        ProcessError: if the model's log-likelihoods are not finite.
     """
-    # Like lengths together need little padding; the longest first, so that memory runs out at once or never.
-    order = sorted(range(len(items)), key=lambda index: -max(len(row.token_ids) for row in items[index].rows))
+    # Like sizes together need little padding; the largest first, so that memory runs out at once or never.
+    sizes = [len(token_tree(item.endings)) if as_trees else item.longest() for item in items]
+    order = sorted(range(len(items)), key=lambda index: -sizes[index])
     scores: dict[int, dict] = {}
     hits = Counter()
-    was_training = model.training
-    model.eval()
-    with tqdm(total=len(items), desc="HellaSwag", unit="item", disable=not progress) as bar:
+    bar = tqdm(total=len(items), desc="HellaSwag", unit="item", disable=not progress)
+    with evaluating(model), bar:
         for start in range(0, len(items), batch_size):
             batch = order[start : start + batch_size]
-            sums = iter(loglikelihoods(model, [row for index in batch for row in items[index].rows]))
-            for index in batch:
-                scores[index] = score = to_score(items[index], list(itertools.islice(sums, 4)))
+            sums = loglikelihoods(model, [items[index].endings for index in batch], as_trees)
+            for index, of_item in zip(batch, sums, strict=True):
+                scores[index] = score = to_score(items[index], of_item)
                 hits["acc"] += score["pred"] == score["label"]
                 hits["acc_norm"] += score["pred_norm"] == score["label"]
             bar.set_postfix({name: f"{count / len(scores):.4f}" for name, count in hits.items()}, refresh=False)
             bar.update(len(batch))
-    model.train(was_training)
     return [scores[index] for index in range(len(items))]
 
 
-def summarise(scores: list[dict], protocol: Protocol) -> dict:
+@contextmanager
+def evaluating(model):
+    """Without dropout; afterwards the model is as it was."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def summarise(items: list["EncodedItem"], scores: list[dict], protocol: Protocol) -> dict:
     """
-    `protocol n acc acc_stderr acc_norm acc_norm_stderr` of what `score_items` returned. Accuracies are fractions;
-    their standard errors are sqrt(p (1 - p) / (n - 1)), as lm-evaluation-harness has them, and None for one item.
+    `protocol n acc acc_stderr acc_norm acc_norm_stderr` of what `score_items` returned, by metrics/hellaswag.
+    Accuracies are fractions.
     """
-    n = len(scores)
-    result = {"protocol": protocol, "n": n}
-    for name, prediction in (("acc", "pred"), ("acc_norm", "pred_norm")):
-        p = sum(score[prediction] == score["label"] for score in scores) / n
-        result |= {name: p, f"{name}_stderr": math.sqrt(p * (1 - p) / (n - 1)) if n > 1 else None}
-    return result
+    result = load_metric().compute(
+        predictions=[score["loglikelihoods"] for score in scores],
+        lengths=[item.lengths for item in items],
+        references=[score["label"] for score in scores],
+    )
+    return {"protocol": protocol, "n": len(scores), **result}
 
 
-class Row(NamedTuple):
-    """One ending behind its context."""
+@functools.cache
+def load_metric():
+    """The metric in metrics/hellaswag."""
+    import evaluate  # only here: with datasets and pandas, it takes a second or two
 
-    token_ids: list[int]
-    num_scored: int  # the last so many tokens are the ending
-    length: int  # of the ending, for acc_norm: in tokens (completion) or in characters (lm_eval)
+    try:
+        return evaluate.load(str(METRIC), keep_in_memory=True)
+    except OSError as error:
+        raise UserError(f"{METRIC} cannot be loaded: {one_line(error)}") from None
 
 
 class EncodedItem(NamedTuple):
+    """
+    Attributes:
+        endings: each behind its context, in tokens.
+        lengths: of the endings, for acc_norm: in tokens (completion) or in characters (lm_eval).
+        is_cut: whether one of them was too long for the model.
+    """
+
     ind: int
     label: int
-    rows: list[Row]
+    endings: list[Continuation]
+    lengths: list[int]
+    is_cut: bool
+
+    def longest(self) -> int:
+        """Of the longest ending with its context, in tokens."""
+        return max(len(ending.token_ids) for ending in self.endings)
 
 
 def encode_items(config, tokenizer, items: list[dict], protocol: Protocol) -> list[EncodedItem]:
@@ -183,38 +268,51 @@ def encode_items(config, tokenizer, items: list[dict], protocol: Protocol) -> li
     Raises:
         UserError: for an item that the tokenizer or the model cannot handle.
     """
-    return [EncodedItem(item["ind"], item["label"], encode_item(config, tokenizer, item, protocol)) for item in items]
+    return [encode_item(config, tokenizer, item, protocol) for item in items]
 
 
-def encode_item(config, tokenizer, item: dict, protocol: Protocol) -> list[Row]:
+def encode_item(config, tokenizer, item: dict, protocol: Protocol) -> EncodedItem:
     """
-    The item's four rows. Of a row too long for the model the last n_positions + 1 tokens are kept, of which the last
+    Of an ending too long for the model, with its context, the last n_positions + 1 tokens are kept, of which the last
     is only predicted: as in lm-evaluation-harness, the text is cut on its left.
     """
-    config = config.get_text_config()
-    window = getattr(config, "max_position_embeddings", None)
+    window, vocab_size = window_of(config), config.get_text_config().vocab_size
+    context, endings = (encode_completion if protocol == "completion" else encode_lm_eval)(tokenizer, item)
+    if not context or not all(endings):
+        raise UserError(f"item {item['ind']}: its context or one of its endings has no tokens")
+    if (largest := max(map(max, [context, *endings]))) >= vocab_size:
+        raise UserError(f"the tokenizer gave token {largest}, the model has only {vocab_size}")
+    whole = [context + ending for ending in endings]
+    kept = [token_ids[-(window + 1) if window else None :] for token_ids in whole]
+    num_scored = [min(len(ending), len(token_ids) - 1) for ending, token_ids in zip(endings, kept, strict=True)]
+    num_characters = [len(clean(ending)) for ending in item["endings"]]
+    return EncodedItem(
+        item["ind"],
+        item["label"],
+        [Continuation(*pair) for pair in zip(kept, num_scored, strict=True)],
+        num_scored if protocol == "completion" else num_characters,
+        is_cut=kept != whole,
+    )
 
-    def encode(*texts: str) -> list[list[int]]:
-        return tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
 
-    def row(context: list[int], ending: list[int], num_characters: int | None = None) -> Row:
-        if not context or not ending:
-            raise UserError(f"item {item['ind']}: its context or one of its endings has no tokens")
-        token_ids = (context + ending)[-(window + 1) if window else None :]
-        if max(token_ids) >= config.vocab_size:
-            raise UserError(f"the tokenizer gave token {max(token_ids)}, the model has only {config.vocab_size}")
-        num_scored = min(len(ending), len(token_ids) - 1)
-        return Row(token_ids, num_scored, num_characters or num_scored)
+def window_of(config) -> int | None:
+    """How many positions the model has, if that is limited."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
-    if protocol == "completion":
-        context, *endings = encode(item["ctx"], *(" " + ending for ending in item["endings"]))
-        return [row(context, ending) for ending in endings]
 
+def encode_completion(tokenizer, item: dict) -> tuple[list[int], list[list[int]]]:
+    """The tokens of the context, and of each ending."""
+    (context,) = tokenizer([item["ctx"]], verbose=False)["input_ids"]  # with a begin-of-text token, if it has one
+    endings = [" " + ending for ending in item["endings"]]
+    return context, tokenizer(endings, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def encode_lm_eval(tokenizer, item: dict) -> tuple[list[int], list[list[int]]]:
+    """The same, encoded whole and then split; spaces that end the context go with the ending, as BPE joins them."""
     text = clean(f"{item['activity_label']}: {item['ctx_a']} {item['ctx_b'].capitalize()}")
-    choices = [clean(ending) for ending in item["endings"]]
-    # Encoded whole, then split; spaces that end the context go with the ending, as BPE joins them to the next word.
-    context, *wholes = encode(text.rstrip(), *(f"{text} {choice}" for choice in choices))
-    return [row(context, whole[len(context) :], len(choice)) for whole, choice in zip(wholes, choices, strict=True)]
+    wholes = [f"{text} {clean(ending)}" for ending in item["endings"]]
+    context, *wholes = tokenizer([text.rstrip(), *wholes], verbose=False)["input_ids"]
+    return context, [whole[len(context) :] for whole in wholes]
 
 
 def clean(text: str) -> str:
@@ -223,36 +321,11 @@ def clean(text: str) -> str:
     return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
 
 
-def loglikelihoods(model, rows: list[Row]) -> list[float]:
-    """The summed log-likelihood of each row's ending, in nats."""
-    token_ids = [torch.tensor(row.token_ids) for row in rows]
-    num_scored = [row.num_scored for row in rows]
-    # Padding on the right needs no attention mask: no token sees what comes after it.
-    input_ids = torch.nn.utils.rnn.pad_sequence([ids[:-1] for ids in token_ids], batch_first=True)  # (B, T)
-    targets = torch.cat([ids[-n:] for ids, n in zip(token_ids, num_scored, strict=True)])  # (N,): of all endings
-    # A token is predicted at the position before it.
-    columns = torch.cat([torch.arange(len(ids) - 1)[-n:] for ids, n in zip(token_ids, num_scored, strict=True)])
-    positions = (torch.arange(len(rows)).repeat_interleave(torch.tensor(num_scored)), columns)
-
-    # The other logits, most of the memory, are never made: a hook narrows the head's input to the endings. To call
-    # base model and head one by one would leave out what some models do to logits (Gemma caps them), and go past the
-    # hooks of a sharded model.
-    head = model.get_output_embeddings()
-    hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0][positions],))  # (B, T, C) -> (N, C)
-    try:
-        with torch.no_grad():
-            logits = model(input_ids=input_ids.to(model.device), use_cache=False).logits.float()  # (N, vocabulary)
-            losses = torch.nn.functional.cross_entropy(logits, targets.to(model.device), reduction="none")
-    finally:
-        hook.remove()
-    return [-part.sum().item() for part in losses.cpu().split(num_scored)]
-
-
 def to_score(item: EncodedItem, sums: list[float]) -> dict:
     """An item's line of ITEMS.jsonl. Of equal endings the first one is predicted."""
     if not all(map(math.isfinite, sums)):
         raise ProcessError(f"item {item.ind}: the model's log-likelihoods are {sums}, its weights are not usable")
-    means = [total / row.length for total, row in zip(sums, item.rows, strict=True)]
+    means = [total / length for total, length in zip(sums, item.lengths, strict=True)]
     pred, pred_norm = sums.index(max(sums)), means.index(max(means))
     return {"ind": item.ind, "label": item.label, "loglikelihoods": sums, "pred": pred, "pred_norm": pred_norm}
 
@@ -331,13 +404,18 @@ def to_item(record: str | dict) -> dict:
     return item
 
 
-def load_model(name_or_path: str) -> tuple:
+def load_model(name_or_path: str, revision: str | None = None, trust_remote_code: bool = False) -> tuple:
     """A causal language model of any type, in eval mode, and its tokenizer."""
+    options = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
     try:
-        options = {"trust_remote_code": False, "output_loading_info": True}
-        model, report = AutoModelForCausalLM.from_pretrained(name_or_path, **options)
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
+        model, report = AutoModelForCausalLM.from_pretrained(name_or_path, output_loading_info=True, **options)
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, **options)
     except (OSError, ValueError, RuntimeError, StrictDataclassError, SafetensorError) as error:
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"--model_name_or_path {name_or_path} comes with code of its own: read it, and if it may run here, "
+                "give --trust_remote_code"
+            ) from None
         kind = "" if Path(name_or_path).is_dir() else "is not a folder, and "
         raise UserError(f"--model_name_or_path {name_or_path} {kind}cannot be loaded: {one_line(error)}") from None
     if missing := sorted(report["missing_keys"]):  # transformers leaves them at random and only warns

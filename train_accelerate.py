@@ -29,7 +29,15 @@ from torch.optim import Optimizer
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from eval_hellaswag import EncodedItem, encode_items, load_hub_items, load_items, score_on_all_processes, summarise
+from eval_hellaswag import (
+    EncodedItem,
+    encode_items,
+    load_hub_items,
+    load_items,
+    load_metric,
+    score_on_all_processes,
+    summarise,
+)
 from pretraining import hardware, publish
 from pretraining.anomalies import FINE, NOT_FINITE, SPIKE, Anomalies
 from pretraining.arguments import ProcessError, UserError, parse_arguments, run_script
@@ -100,7 +108,7 @@ def start(args: TrainArguments, state: PartialState, signals: StopSignals, watch
     )
     check_fit(config, len(tokenizer), data.block_size)
     encode_prompts(tokenizer, args.sample_prompts, config.n_positions)  # now, not after the last step
-    hellaswag = open_hellaswag(args, config, data) if args.hellaswag_steps else []
+    hellaswag = open_hellaswag(args, config, data, state) if args.hellaswag_steps else []
     accumulation = accumulation_steps(args, data.block_size, state.num_processes)
     accelerator = open_accelerator(state, accumulation, args.torch_compile, args.optim)
     split = Split(
@@ -147,10 +155,14 @@ def open_data(args: TrainArguments, state: PartialState) -> TrainingData:
     return open_packed(args.sources(), args.tokenizer_name, args.block_size, state)
 
 
-def open_hellaswag(args: TrainArguments, config: PreTrainedConfig, data: TrainingData) -> list[EncodedItem]:
+def open_hellaswag(
+    args: TrainArguments, config: PreTrainedConfig, data: TrainingData, state: PartialState
+) -> list[EncodedItem]:
     """Its items, in the protocol of the published figures that the plot shows beside them."""
 
     def work() -> list[EncodedItem]:
+        if state.is_main_process:
+            load_metric()  # now, not when there are scores
         items = load_items(args.hellaswag_file) if args.hellaswag_file else load_hub_items()
         return encode_items(config, data.tokenizer, items, "completion")
 
@@ -491,14 +503,14 @@ class Training:
     def score_hellaswag(self) -> None:
         items_at_once = max(1, self.split.batch_size // 4)  # an item is four rows
         scores = score_on_all_processes(self.accelerator, self.plain_model(), self.hellaswag, items_at_once)
-        summary = summarise(scores, "completion")
-        values = {f"hellaswag_{key}": summary[key] for key in ("acc", "acc_norm", "n")}
-        self.log.metrics(self.run, values)
-        self.log.write(
-            f"step {self.run.step}: HellaSwag acc {values['hellaswag_acc']:.4f}, "
-            f"acc_norm {values['hellaswag_acc_norm']:.4f} of {values['hellaswag_n']:,} items"
-        )
         if self.accelerator.is_main_process:
+            summary = summarise(self.hellaswag, scores, "completion")
+            values = {f"hellaswag_{key}": summary[key] for key in ("acc", "acc_norm", "n")}
+            self.log.metrics(self.run, values)
+            self.log.write(
+                f"step {self.run.step}: HellaSwag acc {values['hellaswag_acc']:.4f}, "
+                f"acc_norm {values['hellaswag_acc_norm']:.4f} of {values['hellaswag_n']:,} items"
+            )
             self.log.attempt("plots/hellaswag.png", lambda: plot_hellaswag(self.output_dir))
         self.run.restart_interval()
 

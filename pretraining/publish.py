@@ -6,11 +6,11 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import HfApi, ModelCard, ModelCardData
+from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from pretraining.arguments import UserError, one_line
-from pretraining.files import INCOMPLETE
+from pretraining.files import INCOMPLETE, write_text
 from pretraining.publish_data import table
 
 WEIGHTS = "model.safetensors"
@@ -112,6 +112,59 @@ def push(output_dir: Path, repo_id: str) -> str:
     except Exception as error:  # a refused token, no network, a full repository: of several libraries
         raise UserError(f"--push_to_hub {repo_id} failed: {one_line(error)}") from None
     return f"{repo_id}, revision {commit.oid}"
+
+
+def hellaswag_results(summary: dict, source: str) -> list[EvalResult]:
+    """
+    The entries of a model card that the Hub shows.
+
+    Args:
+        summary: `protocol n acc acc_stderr acc_norm acc_norm_stderr`; accuracies are fractions.
+        source: of the items: a dataset on the Hub, or a file.
+    """
+    names = {"acc": "accuracy", "acc_norm": "accuracy, normalised by length"}
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type="Rowan/hellaswag",
+            dataset_name="HellaSwag" if source == "Rowan/hellaswag" else f"HellaSwag ({Path(source).name})",
+            dataset_split="validation",
+            metric_type=metric,
+            metric_name=f"{name}, {summary['protocol']} protocol",
+            metric_value=round(summary[metric], 4),
+            metric_args={
+                "protocol": summary["protocol"],
+                "n": summary["n"],
+                "stderr": summary[f"{metric}_stderr"] and round(summary[f"{metric}_stderr"], 4),
+            },
+        )
+        for metric, name in names.items()
+    ]
+
+
+def update_model_card(name_or_path: str, results: list[EvalResult]) -> None:
+    """
+    Put results into the metadata of a model's card, README.md in its folder or on the Hub, in place of older ones of
+    the same metrics.
+
+    Raises:
+        UserError: if the card cannot be read, or written.
+    """
+    path = Path(name_or_path) / "README.md"
+    is_local = Path(name_or_path).is_dir()
+    try:
+        card = ModelCard.load(path if is_local else name_or_path)
+        card.data.model_name = card.data.model_name or Path(name_or_path).name
+        new = {(result.dataset_type, result.metric_name) for result in results}
+        old = card.data.eval_results or []
+        others = [result for result in old if (result.dataset_type, result.metric_name) not in new]
+        card.data.eval_results = others + results
+        if is_local:
+            write_text(path, str(card))
+        else:
+            card.push_to_hub(name_or_path, commit_message="HellaSwag")
+    except Exception as error:  # a refused token, no card, metadata that is not valid: of several libraries
+        raise UserError(f"--update_model_card: the card of {name_or_path}: {one_line(error)}") from None
 
 
 def duration(hours: float) -> str:

@@ -1,7 +1,7 @@
 """A Hugging Face Hub on loopback, in memory, that the true clients use over real HTTP.
 
-It keeps models and datasets with every commit on `main`. It has no pull requests, branches or tags, checks no YAML,
-and serves LFS files itself where the real Hub redirects to a CDN. A new repository has one commit without files.
+It keeps models, datasets and Spaces with every commit on `main`. It has no pull requests, branches or tags, checks no
+YAML, and serves LFS files itself where the real Hub redirects to a CDN. A new repository has one commit without files.
 """
 
 import base64
@@ -229,7 +229,7 @@ ROUTES: list[tuple[str, re.Pattern, bool, str]] = []  # methods, paths, whether 
 
 def route(methods: str, path: str, writes: bool = False):
     """Answer these requests by this method; `KIND`, `ID`, `REV` and `PATH` in the path become its arguments."""
-    parts = {"KIND": "(models|datasets)", "ID": "([^/]+(?:/[^/]+)?)", "REV": "([^/]+)", "PATH": "(.+)"}
+    parts = {"KIND": "(models|datasets|spaces)", "ID": "([^/]+(?:/[^/]+)?)", "REV": "([^/]+)", "PATH": "(.+)"}
     pattern = re.compile(re.sub("|".join(parts), lambda word: parts[word[0]], path))
 
     def register(method):
@@ -319,14 +319,14 @@ class Handler(BaseHTTPRequestHandler):
         raise Refusal(404, "Not Found")
 
     def repository(self, kind: str | None, repo_id: str) -> Repository:
-        """`kind` is as in the path: `models`, `datasets`, or outside of the API `datasets/` or nothing."""
-        repo_type = "dataset" if kind in ("datasets", "datasets/") else "model"
+        """`kind` is as in the path: `models`, `datasets` or `spaces`, outside of the API with a slash, or nothing."""
+        repo_type = (kind or "models").rstrip("/").removesuffix("s")
         if (repo_type, repo_id) not in self.hub.repositories:
             raise Refusal(404, "Repository not found", "RepoNotFound")
         return self.hub.repositories[repo_type, repo_id]
 
     def page(self, repo_type: str, repo_id: str) -> str:
-        return f"{self.hub.endpoint}/{'datasets/' if repo_type == 'dataset' else ''}{repo_id}"
+        return f"{self.hub.endpoint}/{'' if repo_type == 'model' else f'{repo_type}s/'}{repo_id}"
 
     @route("GET", "/api/whoami-v2")
     def whoami(self):
@@ -393,7 +393,7 @@ class Handler(BaseHTTPRequestHandler):
             answers.append({"path": wanted["path"], "uploadMode": mode, "shouldIgnore": False, "oid": oid})
         return {"files": answers}
 
-    @route("POST", "/(datasets/)?ID\\.git/info/lfs/objects/batch", writes=True)
+    @route("POST", "/(datasets/|spaces/)?ID\\.git/info/lfs/objects/batch", writes=True)
     def lfs_batch(self, kind, repo_id):
         self.repository(kind, repo_id)
         objects = [{"oid": wanted["oid"], "size": wanted["size"]} for wanted in json.loads(self.body)["objects"]]
@@ -447,7 +447,7 @@ class Handler(BaseHTTPRequestHandler):
         else:
             raise Refusal(400, f"Unknown operation {key}")
 
-    @route("GET HEAD", "/(datasets/)?ID/resolve/REV/PATH")
+    @route("GET HEAD", "/(datasets/|spaces/)?ID/resolve/REV/PATH")
     def download(self, kind, repo_id, revision, path):
         commit = self.repository(kind, repo_id).at(revision)
         file = commit.files.get(path)

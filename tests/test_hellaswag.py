@@ -1,17 +1,24 @@
 """HellaSwag: the same numbers as the two published protocols, whatever the batch size and the number of processes."""
 
+import io
 import json
 import re
-import statistics
+import shutil
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import launch, script, succeed
 from hellaswag_items import TEXT, generated_records, write_items
-from transformers import AutoConfig, AutoModelForCausalLM
+from hub_server import Hub
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from eval_hellaswag import encode_items, load_items, load_model, score_items, summarise
+import eval_hellaswag
+from eval_hellaswag import can_be_trees, encode_items, load_items, load_model, score_items
 from modeling_gpt2scratch import GPT2ScratchConfig, GPT2ScratchForCausalLM
 from pretraining.arguments import UserError
 from pretraining.tokenizer import train_tokenizer
@@ -86,7 +93,9 @@ def assert_same_scores(found: list[dict], expected: list[dict], tolerance: float
 
 
 def scores_of(model, tokenizer, items: list[dict], protocol: str, batch_size: int) -> list[dict]:
-    return score_items(model, encode_items(model.config, tokenizer, items, protocol), batch_size)
+    encoded = encode_items(model.config, tokenizer, items, protocol)
+    assert can_be_trees(model, encoded) != any(torch.isnan(weights).any() for weights in model.parameters())
+    return score_items(model, encoded, batch_size, as_trees=True)
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
@@ -135,13 +144,16 @@ def test_any_causal_language_model_can_be_scored(model_type, tokenizer, items):
     assert_same_scores(scores_of(model, tokenizer, items[:6], "lm_eval", batch_size=3), expected)
 
 
-def test_only_the_logits_of_the_endings_are_computed(model, tokenizer, items):
-    shapes = []
-    hook = model.lm_head.register_forward_hook(lambda module, inputs, output: shapes.append(tuple(output.shape)))
-    scores_of(model, tokenizer, items, "completion", batch_size=len(items))
-    hook.remove()
-    ending_tokens = sum(len(tokenizer.encode(" " + ending)) for item in items for ending in item["endings"])
-    assert shapes == [(ending_tokens, len(tokenizer))]
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_a_tokenizer_s_begin_of_text_token_comes_before_the_context_as_in_the_harness(items, protocol):
+    tokenizer = train_tokenizer([TEXT], vocab_size=400)
+    first = tokenizer.convert_ids_to_tokens(7)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"{first} $A", special_tokens=[(first, 7)])
+    plain = encode_items(GPT2ScratchConfig(), train_tokenizer([TEXT], vocab_size=400), items, protocol)
+    for item, without in zip(encode_items(GPT2ScratchConfig(), tokenizer, items, protocol), plain, strict=True):
+        pairs = zip(item.endings, without.endings, strict=True)
+        assert all(one.token_ids == [7, *other.token_ids] for one, other in pairs)
+        assert [one.num_scored for one in item.endings] == [other.num_scored for other in without.endings]
 
 
 def test_the_model_comes_back_as_it_was(model, tokenizer, items):
@@ -164,16 +176,6 @@ def test_a_tokenizer_of_another_model_is_refused(tokenizer, items):
     small = GPT2ScratchForCausalLM(GPT2ScratchConfig(vocab_size=100, n_embd=8, n_layer=1, n_head=1))
     with pytest.raises(UserError, match=r"the tokenizer gave token \d+, the model has only 100"):
         scores_of(small, tokenizer, items, "completion", batch_size=4)
-
-
-def test_standard_errors_are_those_of_a_sample_mean():
-    scores = [{"label": 0, "pred": int(n >= 3), "pred_norm": int(n >= 1)} for n in range(10)]
-    summary = summarise(scores, "completion")
-    assert list(summary) == ["protocol", "n", "acc", "acc_stderr", "acc_norm", "acc_norm_stderr"]
-    assert (summary["n"], summary["acc"], summary["acc_norm"]) == (10, 0.3, 0.1)
-    assert summary["acc_stderr"] == pytest.approx(statistics.stdev([1] * 3 + [0] * 7) / 10**0.5)
-    assert summary["acc_norm_stderr"] == pytest.approx(statistics.stdev([1] + [0] * 9) / 10**0.5)
-    assert summarise(scores[:1], "lm_eval")["acc_stderr"] is None
 
 
 def test_every_malformed_item_gives_one_line(tmp_path):
@@ -283,14 +285,122 @@ def test_one_and_two_processes_write_the_same_files(tmp_path, model_folder, item
     assert_same_scores(written["two"][1], scores)
 
 
-def test_mistakes_at_the_command_line_are_told_all_at_once(tmp_path):
-    words = ("--data_file", "x", "--dataset_name", "y", "--limit", 0, "--protocol", "other", "--output_file", tmp_path)
-    run = script("eval_hellaswag.py", *words)
+def test_cut_items_are_named(tmp_path, model_folder, items, tokenizer, model):
+    data_file = write_items(tmp_path / "items.jsonl", generated_records(19))
+    run = succeed(script("eval_hellaswag.py", "--model_name_or_path", model_folder, "--data_file", data_file))
+    longest = {
+        item["ind"]: max(len(tokenizer.encode(f"{item['ctx']} {end}")) for end in item["endings"]) for item in items
+    }
+    cut = [str(ind) for ind, length in longest.items() if length > WINDOW + 1]
+    assert 1 < len(cut) <= 10
+    message = "{} of 19 items are longer than the model's 96 positions and lose the beginning of their context: {}\n"
+    assert message.format(len(cut), ", ".join(cut)) in run.stderr
+
+
+class RemoteConfig(GPT2Config):
+    model_type = "not-gpt2"
+
+
+class RemoteModel(GPT2LMHeadModel):
+    config_class = RemoteConfig
+
+
+def test_code_that_comes_with_a_model_runs_only_if_asked_for(tmp_path, tokenizer):
+    RemoteConfig.register_for_auto_class()
+    RemoteModel.register_for_auto_class("AutoModelForCausalLM")
+    RemoteModel(RemoteConfig(vocab_size=400, n_embd=8, n_layer=1, n_head=1)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    assert refusal(tmp_path).endswith(
+        "comes with code of its own: read it, and if it may run here, give --trust_remote_code"
+    )
+    model, _ = load_model(str(tmp_path), trust_remote_code=True)
+    assert type(model).__name__ == "RemoteModel" and type(model) is not RemoteModel
+
+
+def test_a_card_gets_the_result_and_keeps_what_it_has(tmp_path, model_folder):
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    other = EvalResult("text-generation", "other/data", "Other", "acc", 0.5, metric_name="accuracy")
+    card_data = ModelCardData(license="mit", model_name="kept", eval_results=[other])
+    (folder / "README.md").write_text(f"---\n{card_data}\n---\n# A model\n")
+    data_file = write_items(tmp_path / "items.jsonl", generated_records(5))
+    arguments = ("--model_name_or_path", folder, "--data_file", data_file, "--update_model_card")
+    for protocol in ("lm_eval", "completion", "lm_eval"):
+        run = succeed(script("eval_hellaswag.py", *arguments, "--protocol", protocol))
+    result = json.loads(run.stdout)
+    card = ModelCard.load(folder / "README.md")
+    assert card.text.strip() == "# A model" and (card.data.license, card.data.model_name) == ("mit", "kept")
+    first, *added = card.data.eval_results
+    assert first == other
+    assert [(entry.metric_type, entry.metric_args["protocol"]) for entry in added] == [
+        *(("acc", "completion"), ("acc_norm", "completion"), ("acc", "lm_eval"), ("acc_norm", "lm_eval"))
+    ]
+    last = added[-1]
+    assert last.dataset_type == "Rowan/hellaswag" and last.metric_value == pytest.approx(result["acc_norm"], abs=1e-4)
+    assert last.metric_args == {"protocol": "lm_eval", "n": 5, "stderr": round(result["acc_norm_stderr"], 4)}
+
+
+def test_a_card_that_cannot_be_read_costs_nothing_but_its_update(tmp_path, model_folder):
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    (folder / "README.md").write_text("---\nlicense: [mit\n---\n")
+    data_file = write_items(tmp_path / "items.jsonl", generated_records(2))
+    arguments = ("--model_name_or_path", folder, "--data_file", data_file, "--output_file", tmp_path / "result.json")
+    run = script("eval_hellaswag.py", *arguments, "--update_model_card")
     assert run.returncode == 2 and "Traceback" not in run.stderr
-    assert [line.split(": ")[2].split()[0] for line in run.stderr.splitlines()] == [
+    assert f"error: --update_model_card: the card of {folder}: " in run.stderr
+    assert json.loads(run.stdout) == json.loads((tmp_path / "result.json").read_text())
+    assert (folder / "README.md").read_text() == "---\nlicense: [mit\n---\n"
+
+
+def test_from_a_hub_and_back(tmp_path, model_folder):
+    """The model, the dataset and the metric come from a Hub, the result goes into the model's card there."""
+    files = {path.name: path.read_bytes() for path in model_folder.iterdir()}
+    records = [{**record, "label": str(record["label"])} for record in generated_records(6)]
+    buffer = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(records), buffer)
+    test_split = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist([{**record, "label": ""} for record in records]), test_split)
+    with Hub(token="secret") as hub:
+        first = hub.add("us/model", {**files, "README.md": b"---\nlicense: mit\n---\n# Ours\n"}, "model")
+        hub.add("us/model", {"config.json": b"broken"}, "model")
+        splits = {"validation": buffer.getvalue(), "test": test_split.getvalue()}
+        hub.add("Rowan/hellaswag", {f"data/{name}-00000.parquet": content for name, content in splits.items()})
+        environment = hub.environment(tmp_path / "me")
+        output = ("--predictions_file", tmp_path / "items.jsonl", "--model_name_or_path", "us/model")
+        succeed(script("eval_hellaswag.py", *output, "--model_revision", first, **environment))
+        lines = [json.loads(line) for line in (tmp_path / "items.jsonl").read_text().splitlines()]
+        assert [(line["ind"], line["label"]) for line in lines] == [
+            (each["ind"], int(each["label"])) for each in records
+        ]
+
+        hub.add("us/model", files, "model")
+        result = json.loads(succeed(script("eval_hellaswag.py", *output, "--update_model_card", **environment)).stdout)
+        card = ModelCard(hub.files("us/model", "model")["README.md"].decode())
+        assert card.data.license == "mit" and card.data.model_name == "model"
+        assert [entry.metric_value for entry in card.data.eval_results] == [
+            pytest.approx(result[name], abs=1e-4) for name in ("acc", "acc_norm")
+        ]
+
+
+def test_mistakes_at_the_command_line_are_told_all_at_once(tmp_path, refuse):
+    (tmp_path / "file").touch()
+    words = ("--data_file", "x", "--dataset_name", "y", "--limit", 0, "--protocol", "other", "--output_file", tmp_path)
+    words += ("--predictions_file", tmp_path / "file" / "items.jsonl")
+    lines = refuse(eval_hellaswag, *words)
+    assert [line.split(": ")[2].split()[0] for line in lines] == [
         "--protocol",
         "--model_name_or_path",
         "--data_file",
         "--limit",
         "--output_file",
+        "--predictions_file",
     ]
+    assert lines[-1].endswith(f"items.jsonl cannot be written: {tmp_path / 'file'} is not a folder")
+
+
+def test_a_card_that_is_not_there_is_told_before_the_work(tmp_path, refuse):
+    (line,) = refuse(eval_hellaswag, "--model_name_or_path", tmp_path, "--update_model_card")
+    assert line.endswith(f"--update_model_card: {tmp_path} has no README.md")
+    (line,) = refuse(eval_hellaswag, "--model_name_or_path", tmp_path, "--model_revision", "v1")
+    assert line.endswith(f"--model_revision is for a model on the Hub, {tmp_path} is a folder")
+    (line,) = refuse(eval_hellaswag, "--model_name_or_path", "a/b", "--model_revision", "v1", "--update_model_card")
+    assert line.endswith("is for the newest revision of a model, not for a --model_revision")

@@ -1,0 +1,149 @@
+"""
+Items of HellaSwag scored per second, by eval_hellaswag.py's scorer and by the two programs whose numbers people quote.
+
+    pip install lm-eval
+    python benchmarks/hellaswag.py --data_file hellaswag_val.jsonl --tokenizer_name openai-community/gpt2
+
+All score the same items with the same model, of random weights, in turns, in this process, from texts to
+log-likelihoods:
+
+    one at a time         an item's four endings in a forward pass, all logits, as build-nanogpt's hellaswag.py does
+    completion, lm_eval   the scorer with either protocol, in fp32 and under bf16 autocast
+    lm-eval               lm-evaluation-harness's HFLM, with as many sequences at once as the scorer has endings
+
+Prints medians over the rounds, and how far the other programs' log-likelihoods are from the scorer's in fp32.
+"""
+
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch.nn.functional import cross_entropy
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from eval_hellaswag import HUB_DATASET, Protocol, can_be_trees, encode_items, load_hub_items, load_items, score_items
+from modeling_gpt2scratch import GPT2ScratchConfig, GPT2ScratchForCausalLM
+from pretraining import hardware
+from pretraining.arguments import UserError, flag, parse_arguments, run_script
+from pretraining.tokenizer import load_tokenizer
+
+Sums = list[list[float]]  # log-likelihoods of each item's endings
+
+
+@dataclass
+class BenchmarkArguments:
+    data_file: str = flag(None, f"items in HellaSwag's own format; {HUB_DATASET} on the Hub if left out")
+    tokenizer_name: str = flag("openai-community/gpt2", "a tokenizer: a folder, or a name on the Hub")
+    config_name: str = flag("124M", "the model: 124M, 350M, 774M or 1558M")
+    limit: int = flag(100, "so many items, evenly spread over all of them")
+    per_device_eval_batch_size: int = flag(8, "items at once")
+    rounds: int = flag(5, "how often")
+
+
+def main() -> None:
+    args = parse_arguments(BenchmarkArguments, __doc__)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        hardware.keep_freed_memory()
+    torch.manual_seed(0)
+    model = GPT2ScratchForCausalLM(GPT2ScratchConfig.from_preset(args.config_name)).to(device).eval()
+    tokenizer = load_tokenizer(args.tokenizer_name)
+    items = load_items(args.data_file) if args.data_file else load_hub_items()
+    items = items[:: max(1, len(items) // args.limit)][: args.limit]
+    batch_size = args.per_device_eval_batch_size
+
+    programs: dict[str, Callable[[], Sums]] = {
+        "one at a time": partial(one_at_a_time, model, tokenizer, items),
+        "completion": partial(scorer, model, tokenizer, items, "completion", batch_size),
+        "completion, bf16": partial(scorer, model, tokenizer, items, "completion", batch_size, bf16=True),
+        "lm-eval": harness(model, tokenizer, items, batch_size),
+        "lm_eval": partial(scorer, model, tokenizer, items, "lm_eval", batch_size),
+        "lm_eval, bf16": partial(scorer, model, tokenizer, items, "lm_eval", batch_size, bf16=True),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in programs}
+    sums: dict[str, Sums] = {}
+    for _ in range(args.rounds):
+        for name, program in programs.items():
+            started = time.perf_counter()
+            sums[name] = program()
+            seconds[name].append(time.perf_counter() - started)
+
+    place = hardware.device_description(device, 1)
+    print(f"{args.config_name}, {len(items)} items, {batch_size} at once, {args.rounds} rounds, {place}")
+    for name in programs:
+        other = "one at a time" if name.startswith(("one", "completion")) else "lm-eval"
+        ratio = statistics.median(slow / fast for slow, fast in zip(seconds[other], seconds[name], strict=True))
+        rate = len(items) / statistics.median(seconds[name])
+        fp32 = "completion" if other == "one at a time" else "lm_eval"
+        print(
+            f"{name:18} {rate:8.2f} items/s, {ratio:5.2f} times {other}, log-likelihoods within "
+            f"{furthest(sums[name], sums[fp32]):.1e}, {different_choices(sums[name], sums[fp32])} other choices"
+        )
+
+
+def one_at_a_time(model, tokenizer, items: list[dict]) -> Sums:
+    sums = []
+    for item in items:
+        context = tokenizer.encode(item["ctx"])
+        endings = [tokenizer.encode(" " + ending) for ending in item["endings"]]
+        size = len(context) + max(map(len, endings))
+        tokens, is_ending = torch.zeros(4, size, dtype=torch.long), torch.zeros(4, size)
+        for row, ending in enumerate(endings):
+            tokens[row, : len(context) + len(ending)] = torch.tensor(context + ending)
+            is_ending[row, len(context) : len(context) + len(ending)] = 1
+        tokens, is_ending = tokens.to(model.device), is_ending.to(model.device)
+        with torch.no_grad():
+            logits = model(tokens).logits
+        shifted, targets = logits[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+        losses = cross_entropy(shifted.view(-1, shifted.shape[-1]), targets.view(-1), reduction="none").view(4, -1)
+        sums.append((-(losses * is_ending[:, 1:]).sum(dim=1)).tolist())
+    return sums
+
+
+def scorer(model, tokenizer, items: list[dict], protocol: Protocol, batch_size: int, bf16: bool = False) -> Sums:
+    with torch.autocast(model.device.type, torch.bfloat16) if bf16 else nullcontext():
+        encoded = encode_items(model.config, tokenizer, items, protocol)
+        scores = score_items(model, encoded, batch_size, as_trees=can_be_trees(model, encoded))
+    return [score["loglikelihoods"] for score in scores]
+
+
+def harness(model, tokenizer, items: list[dict], batch_size: int) -> Callable[[], Sums]:
+    try:
+        from lm_eval.api.instance import Instance
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks.hellaswag.utils import preprocess
+    except ImportError as error:
+        raise UserError(f"lm-evaluation-harness is needed, pip install lm-eval: {error}") from None
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4 * batch_size)
+    requests = []
+    for item in items:
+        query = preprocess(f"{item['activity_label']}: {item['ctx_a']} {item['ctx_b'].capitalize()}")
+        for index, ending in enumerate(item["endings"]):
+            requests.append(Instance("loglikelihood", item, (query, " " + preprocess(ending)), index))
+
+    def score() -> Sums:
+        flat = [total for total, _ in lm.loglikelihood(requests, disable_tqdm=True)]
+        return [flat[start : start + 4] for start in range(0, len(flat), 4)]
+
+    return score
+
+
+def furthest(sums: Sums, reference: Sums) -> float:
+    return (torch.tensor(sums, dtype=torch.float64) - torch.tensor(reference, dtype=torch.float64)).abs().max().item()
+
+
+def different_choices(sums: Sums, reference: Sums) -> int:
+    """Items of which another ending is the likeliest."""
+    pairs = zip(sums, reference, strict=True)
+    return sum(one.index(max(one)) != other.index(max(other)) for one, other in pairs)
+
+
+if __name__ == "__main__":
+    run_script(main)
