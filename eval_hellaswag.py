@@ -81,6 +81,10 @@ class HellaSwagArguments:
         for name in ("output_file", "predictions_file"):
             if (value := getattr(self, name)) and (problem := unwritable(Path(value))):
                 found.append(f"--{name} {value} {problem}")
+        if self.output_file and self.predictions_file and Path(self.output_file) == Path(self.predictions_file):
+            found.append(f"--output_file and --predictions_file are the same file, {self.output_file}")
+        if self.update_model_card and self.limit:
+            found.append("--update_model_card is for a result of all items, not for a --limit")
         is_folder = bool(self.model_name_or_path) and Path(self.model_name_or_path).is_dir()
         if is_folder and self.model_revision:
             found.append(f"--model_revision is for a model on the Hub, {self.model_name_or_path} is a folder")
@@ -106,7 +110,7 @@ def main() -> None:
     # By all processes at once: downloads are locked, and of a mistake each can say what it is before it ends.
     load = load_items if args.data_file else load_hub_items
     items = load(args.source(), args.limit)
-    model, tokenizer = load_model(args.model_name_or_path, args.model_revision, args.trust_remote_code)
+    model, tokenizer = load_model(args.model_name_or_path, args.model_revision or "main", args.trust_remote_code)
     model.to(accelerator.device)
     encoded = encode_items(model.config, tokenizer, items, args.protocol)
     if accelerator.is_main_process and (cut := [item.ind for item in encoded if item.is_cut]):
@@ -127,17 +131,24 @@ def write_results(args: HellaSwagArguments, items: list["EncodedItem"], scores: 
     summary = summarise(items, scores, args.protocol)
     result = json.dumps({**summary, "model": args.model_name_or_path}, indent=2)
     print(result)
-    if args.output_file:
-        write_text(Path(args.output_file), result + "\n")
-    if args.predictions_file:
-        write_text(Path(args.predictions_file), "".join(json.dumps(score) + "\n" for score in scores))
+    lines = "".join(json.dumps(score) + "\n" for score in scores)
+    problems = []
+    for path, content in ((args.predictions_file, lines), (args.output_file, result + "\n")):
+        try:
+            if path:
+                write_text(Path(path), content)
+        except OSError as error:
+            problems.append(f"{path} cannot be written: {error.strerror}")
+    if problems:
+        raise UserError(*problems)
     if args.update_model_card:
-        update_model_card(args.model_name_or_path, hellaswag_results(summary, args.source()))
+        source = Path(args.data_file).name if args.data_file else args.source()
+        update_model_card(args.model_name_or_path, hellaswag_results(summary, source))
 
 
 def unwritable(path: Path) -> str | None:
     """What keeps a file from being written, as far as it can be seen."""
-    if path.is_dir():
+    if os.path.isdir(path):  # which a name that is too long is no error for
         return "is a folder: give the name of a file"
     parent = next(parent for parent in path.absolute().parents if parent.exists())
     if not parent.is_dir():
@@ -158,6 +169,8 @@ def score_on_all_processes(
     share = range(rank, math.ceil(len(items) / num_processes) * num_processes, num_processes)
     own_items = [items[min(index, len(items) - 1)] for index in share]
     as_trees = all(gather_object([can_be_trees(model, own_items)]))
+    if progress and not as_trees and accelerator.is_main_process:
+        print("this model does not see trees of tokens as it should: each ending is scored by itself", file=sys.stderr)
     scores = score_items(model, own_items, batch_size, as_trees, progress and accelerator.is_main_process)
     shares = gather_object([scores])
     return [shares[index % num_processes][index // num_processes] for index in range(len(items))]
@@ -166,7 +179,11 @@ def score_on_all_processes(
 def can_be_trees(model, items: list["EncodedItem"]) -> bool:
     """Whether the model scores an item's four endings rightly, and so faster, as one tree of tokens."""
     with evaluating(model):
-        return takes_trees(model, max(items, key=EncodedItem.longest).endings)
+        largest = max(items, key=lambda item: len(token_tree(item.endings)))
+        try:
+            return takes_trees(model, [max(items, key=EncodedItem.longest).endings, largest.endings])
+        except ValueError as error:
+            raise UserError(str(error)) from None
 
 
 def score_items(
@@ -352,7 +369,7 @@ def load_hub_items(name: str = HUB_DATASET, limit: int | None = None) -> list[di
 
     try:
         dataset = load_dataset(name, split="validation")
-    except (OSError, ValueError) as error:
+    except Exception as error:  # datasets has many kinds
         raise UserError(f"the dataset {name} cannot be loaded: {one_line(error)}") from None
     records = ((f"{name} item {index}", record) for index, record in enumerate(dataset))
     return check_items(name, itertools.islice(records, limit))
@@ -382,6 +399,8 @@ def to_item(record: str | dict) -> dict:
             record = json.loads(record)
         except json.JSONDecodeError as error:
             raise ValueError(f"not valid JSON, {error.msg} at character {error.pos + 1}") from None
+        except RecursionError:
+            raise ValueError("not valid JSON, nested too deeply") from None
     if not isinstance(record, dict):
         raise ValueError(f"an item must be a JSON object, got {reprlib.repr(record)}")
     if missing := [name for name in FIELDS if name not in record]:
@@ -398,19 +417,21 @@ def to_item(record: str | dict) -> dict:
         require(isinstance(item[name], str), name, "a text", item[name])
     for name, text in [("ctx", item["ctx"]), *((f"ending {number}", text) for number, text in enumerate(endings))]:
         require(isinstance(text, str) and clean(text).strip() != "", name, "a text that is not empty", text)
+    for name, text in [(name, item[name]) for name in TEXT_FIELDS] + [("ending", text) for text in endings]:
+        require(not re.search("[\ud800-\udfff]", text), name, "Unicode without lone surrogates", text)
     for name, pattern, meaning in (("label", "[0-3]", "0, 1, 2 or 3"), ("ind", "[0-9]+", "a whole number")):
         require(re.fullmatch(pattern, str(item[name])) is not None, name, meaning, item[name])
         item[name] = int(item[name])
     return item
 
 
-def load_model(name_or_path: str, revision: str | None = None, trust_remote_code: bool = False) -> tuple:
+def load_model(name_or_path: str, revision: str = "main", trust_remote_code: bool = False) -> tuple:
     """A causal language model of any type, in eval mode, and its tokenizer."""
-    options = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
+    options = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
         model, report = AutoModelForCausalLM.from_pretrained(name_or_path, output_loading_info=True, **options)
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, **options)
-    except (OSError, ValueError, RuntimeError, StrictDataclassError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, StrictDataclassError, SafetensorError) as error:
         if "trust_remote_code" in str(error):
             raise UserError(
                 f"--model_name_or_path {name_or_path} comes with code of its own: read it, and if it may run here, "

@@ -11,7 +11,8 @@ log-likelihoods:
     completion, lm_eval   the scorer with either protocol, in fp32 and under bf16 autocast
     lm-eval               lm-evaluation-harness's HFLM, with as many sequences at once as the scorer has endings
 
-Prints medians over the rounds, and how far the other programs' log-likelihoods are from the scorer's in fp32.
+Prints medians over the rounds, how far log-likelihoods are from the scorer's in fp32, and how many of the choices that
+acc and acc_norm count (two an item) are others.
 """
 
 import statistics
@@ -75,16 +76,21 @@ def main() -> None:
             sums[name] = program()
             seconds[name].append(time.perf_counter() - started)
 
+    lengths = {
+        protocol: [item.lengths for item in encode_items(model.config, tokenizer, items, protocol)]
+        for protocol in ("completion", "lm_eval")
+    }
     place = hardware.device_description(device, 1)
     print(f"{args.config_name}, {len(items)} items, {batch_size} at once, {args.rounds} rounds, {place}")
     for name in programs:
         other = "one at a time" if name.startswith(("one", "completion")) else "lm-eval"
         ratio = statistics.median(slow / fast for slow, fast in zip(seconds[other], seconds[name], strict=True))
         rate = len(items) / statistics.median(seconds[name])
-        fp32 = "completion" if other == "one at a time" else "lm_eval"
+        protocol = "completion" if other == "one at a time" else "lm_eval"
+        changed = zip(choices(sums[name], lengths[protocol]), choices(sums[protocol], lengths[protocol]), strict=True)
         print(
             f"{name:18} {rate:8.2f} items/s, {ratio:5.2f} times {other}, log-likelihoods within "
-            f"{furthest(sums[name], sums[fp32]):.1e}, {different_choices(sums[name], sums[fp32])} other choices"
+            f"{furthest(sums[name], sums[protocol]):.1e}, {sum(one != other for one, other in changed)} other choices"
         )
 
 
@@ -139,10 +145,10 @@ def furthest(sums: Sums, reference: Sums) -> float:
     return (torch.tensor(sums, dtype=torch.float64) - torch.tensor(reference, dtype=torch.float64)).abs().max().item()
 
 
-def different_choices(sums: Sums, reference: Sums) -> int:
-    """Items of which another ending is the likeliest."""
-    pairs = zip(sums, reference, strict=True)
-    return sum(one.index(max(one)) != other.index(max(other)) for one, other in pairs)
+def choices(sums: Sums, lengths: list[list[int]]) -> list[int]:
+    """`pred` of all items, then `pred_norm` of all items."""
+    means = [[total / size for total, size in zip(*pair, strict=True)] for pair in zip(sums, lengths, strict=True)]
+    return [values.index(max(values)) for values in [*sums, *means]]
 
 
 if __name__ == "__main__":

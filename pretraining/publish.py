@@ -120,14 +120,14 @@ def hellaswag_results(summary: dict, source: str) -> list[EvalResult]:
 
     Args:
         summary: `protocol n acc acc_stderr acc_norm acc_norm_stderr`; accuracies are fractions.
-        source: of the items: a dataset on the Hub, or a file.
+        source: of the items: a dataset on the Hub, or the name of a file.
     """
     names = {"acc": "accuracy", "acc_norm": "accuracy, normalised by length"}
     return [
         EvalResult(
             task_type="text-generation",
-            dataset_type="Rowan/hellaswag",
-            dataset_name="HellaSwag" if source == "Rowan/hellaswag" else f"HellaSwag ({Path(source).name})",
+            dataset_type=source,
+            dataset_name="HellaSwag" if source == "Rowan/hellaswag" else source,
             dataset_split="validation",
             metric_type=metric,
             metric_name=f"{name}, {summary['protocol']} protocol",
@@ -145,7 +145,7 @@ def hellaswag_results(summary: dict, source: str) -> list[EvalResult]:
 def update_model_card(name_or_path: str, results: list[EvalResult]) -> None:
     """
     Put results into the metadata of a model's card, README.md in its folder or on the Hub, in place of older ones of
-    the same metrics.
+    the same metrics on the same data.
 
     Raises:
         UserError: if the card cannot be read, or written.
@@ -154,7 +154,7 @@ def update_model_card(name_or_path: str, results: list[EvalResult]) -> None:
     is_local = Path(name_or_path).is_dir()
     try:
         card = ModelCard.load(path if is_local else name_or_path)
-        card.data.model_name = card.data.model_name or Path(name_or_path).name
+        card.data.model_name = card.data.model_name or Path(name_or_path).resolve().name
         new = {(result.dataset_type, result.metric_name) for result in results}
         old = card.data.eval_results or []
         others = [result for result in old if (result.dataset_type, result.metric_name) not in new]

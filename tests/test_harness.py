@@ -4,6 +4,7 @@ from pathlib import Path
 
 import lm_eval.tasks
 import pytest
+import torch
 import yaml
 from hellaswag_items import TEXT, generated_records, write_items
 from lm_eval import simple_evaluate
@@ -20,6 +21,7 @@ def test_every_item_and_every_figure_is_the_harness_s(tmp_path):
     data_file = write_items(tmp_path / "items.jsonl", generated_records(19))
     items = load_items(data_file)
     tokenizer = train_tokenizer([TEXT], vocab_size=400)
+    torch.manual_seed(0)
     shape = {"n_positions": WINDOW, "n_embd": 32, "n_layer": 2, "n_head": 2, "initializer_range": 0.2}
     model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **shape)).eval()
 

@@ -202,6 +202,20 @@ def test_every_malformed_item_gives_one_line(tmp_path):
     assert [item["ind"] for item in load_items(path, limit=1)] == [good["ind"]]
 
 
+@pytest.mark.parametrize(
+    "line, problem",
+    [
+        ("[" * 100_000, "not valid JSON, nested too deeply"),
+        (json.dumps({**generated_records(1)[0], "ctx_b": "\ud83d"}), "ctx_b must be Unicode without lone surrogates"),
+    ],
+)
+def test_a_line_that_breaks_parsers_or_tokenizers_gives_one_line_too(tmp_path, line, problem):
+    path = tmp_path / "items.jsonl"
+    path.write_text(line + "\n")
+    with pytest.raises(UserError, match=f"line 1: {problem}"):
+        load_items(path)
+
+
 def test_a_label_may_be_in_quotes_as_in_the_copy_on_the_hub(tmp_path):
     records = [{**record, "label": label} for record, label in zip(generated_records(2), (3, "3"), strict=True)]
     assert [item["label"] for item in load_items(write_items(tmp_path / "items.jsonl", records))] == [3, 3]
@@ -278,7 +292,8 @@ def test_one_and_two_processes_write_the_same_files(tmp_path, model_folder, item
     result, scores = written["one"]
     assert list(result) == ["protocol", "n", "acc", "acc_stderr", "acc_norm", "acc_norm_stderr", "model"]
     assert (result["protocol"], result["n"], result["model"]) == ("lm_eval", 17, str(model_folder))
-    assert result["acc"] == pytest.approx(sum(score["pred"] == score["label"] for score in scores) / 17)
+    for name, choice in (("acc", "pred"), ("acc_norm", "pred_norm")):
+        assert result[name] == pytest.approx(sum(score[choice] == score["label"] for score in scores) / 17)
     assert [list(score) for score in scores] == [["ind", "label", "loglikelihoods", "pred", "pred_norm"]] * 17
     assert [score["ind"] for score in scores] == [item["ind"] for item in items[:17]]
     assert written["two"][0] == result
@@ -295,6 +310,28 @@ def test_cut_items_are_named(tmp_path, model_folder, items, tokenizer, model):
     assert 1 < len(cut) <= 10
     message = "{} of 19 items are longer than the model's 96 positions and lose the beginning of their context: {}\n"
     assert message.format(len(cut), ", ".join(cut)) in run.stderr
+
+
+def test_a_model_that_sees_no_trees_is_scored_all_the_same_and_that_is_told(tmp_path, tokenizer, items):
+    model = random_model("bloom", len(tokenizer))
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    short = [number for number in range(len(items)) if number % 3]  # this model has no last position to cut them at
+    data_file = write_items(tmp_path / "items.jsonl", [generated_records(19)[number] for number in short])
+    arguments = ("--model_name_or_path", tmp_path / "model", "--data_file", data_file)
+    run = succeed(script("eval_hellaswag.py", *arguments, "--predictions_file", tmp_path / "scores.jsonl"))
+    assert "this model does not see trees of tokens as it should: each ending is scored by itself" in run.stderr
+    found = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
+    assert_same_scores(found, [transcribed_score(model, tokenizer, items[number], "completion") for number in short])
+
+
+def test_what_cannot_be_written_does_not_keep_the_rest_from_being_written(tmp_path, model_folder):
+    data_file = write_items(tmp_path / "items.jsonl", generated_records(2))
+    arguments = ("--model_name_or_path", model_folder, "--data_file", data_file, "--output_file", tmp_path / "r.json")
+    run = script("eval_hellaswag.py", *arguments, "--predictions_file", tmp_path / ("x" * 300))
+    assert run.returncode == 2 and "Traceback" not in run.stderr
+    assert run.stderr.splitlines()[-1].endswith(f"{'x' * 300} cannot be written: File name too long")
+    assert json.loads(run.stdout) == json.loads((tmp_path / "r.json").read_text())
 
 
 class RemoteConfig(GPT2Config):
@@ -335,7 +372,9 @@ def test_a_card_gets_the_result_and_keeps_what_it_has(tmp_path, model_folder):
         *(("acc", "completion"), ("acc_norm", "completion"), ("acc", "lm_eval"), ("acc_norm", "lm_eval"))
     ]
     last = added[-1]
-    assert last.dataset_type == "Rowan/hellaswag" and last.metric_value == pytest.approx(result["acc_norm"], abs=1e-4)
+    assert last.dataset_type == last.dataset_name == "items.jsonl" and last.metric_value == pytest.approx(
+        result["acc_norm"], abs=1e-4
+    )
     assert last.metric_args == {"protocol": "lm_eval", "n": 5, "stderr": round(result["acc_norm_stderr"], 4)}
 
 
@@ -376,6 +415,9 @@ def test_from_a_hub_and_back(tmp_path, model_folder):
         result = json.loads(succeed(script("eval_hellaswag.py", *output, "--update_model_card", **environment)).stdout)
         card = ModelCard(hub.files("us/model", "model")["README.md"].decode())
         assert card.data.license == "mit" and card.data.model_name == "model"
+        assert {(each.dataset_type, each.dataset_name) for each in card.data.eval_results} == {
+            ("Rowan/hellaswag", "HellaSwag")
+        }
         assert [entry.metric_value for entry in card.data.eval_results] == [
             pytest.approx(result[name], abs=1e-4) for name in ("acc", "acc_norm")
         ]
@@ -400,6 +442,11 @@ def test_mistakes_at_the_command_line_are_told_all_at_once(tmp_path, refuse):
 def test_a_card_that_is_not_there_is_told_before_the_work(tmp_path, refuse):
     (line,) = refuse(eval_hellaswag, "--model_name_or_path", tmp_path, "--update_model_card")
     assert line.endswith(f"--update_model_card: {tmp_path} has no README.md")
+    (line,) = refuse(eval_hellaswag, "--model_name_or_path", "a/b", "--update_model_card", "--limit", 5)
+    assert line.endswith("--update_model_card is for a result of all items, not for a --limit")
+    same = ("--output_file", tmp_path / "x", "--predictions_file", tmp_path / "x")
+    (line,) = refuse(eval_hellaswag, "--model_name_or_path", "a/b", *same)
+    assert line.endswith(f"--output_file and --predictions_file are the same file, {tmp_path / 'x'}")
     (line,) = refuse(eval_hellaswag, "--model_name_or_path", tmp_path, "--model_revision", "v1")
     assert line.endswith(f"--model_revision is for a model on the Hub, {tmp_path} is a folder")
     (line,) = refuse(eval_hellaswag, "--model_name_or_path", "a/b", "--model_revision", "v1", "--update_model_card")

@@ -76,7 +76,7 @@ def test_the_log_likelihoods_are_those_of_each_continuation_by_itself(name, grou
     model_type, kwargs = MODELS[name]
     model = random_model(model_type, **kwargs)
     longest = max(groups, key=lambda group: max(len(each.token_ids) for each in group))
-    as_trees = takes_trees(model, longest)
+    as_trees = takes_trees(model, [longest])
     assert as_trees == (name not in WITHOUT_TREES)
     expected = [one_by_one(model, group) for group in groups]
     for batch in (groups, groups[1:2]):
@@ -90,7 +90,22 @@ def test_the_log_likelihoods_are_those_of_each_continuation_by_itself(name, grou
 
 def test_a_window_that_the_longest_item_fits_into_changes_nothing(groups):
     model = random_model("mistral", intermediate_size=64, num_key_value_heads=2, sliding_window=WINDOW)
-    assert takes_trees(model, groups[2])
+    assert takes_trees(model, groups)
+
+
+@pytest.mark.parametrize("precision", ["autocast", "bfloat16"])
+def test_a_wrong_mask_is_found_out_in_16_bits_too(precision, groups):
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    # A layer's window counts what is before a token in the row, not in its sequence.
+    model = random_model("gpt_neo", dtype, attention_types=[[["global", "local"], 1]], window_size=24)
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
+        assert not takes_trees(model, groups)
+
+
+def test_a_model_without_a_head_is_refused():
+    model = random_model("gpt2scratch").model
+    with pytest.raises(ValueError, match="a GPT2ScratchModel has no output embeddings"):
+        takes_trees(model, [])
 
 
 @pytest.mark.parametrize("autocast", [True, False])
@@ -98,7 +113,7 @@ def test_bfloat16_is_near_and_takes_trees_too(autocast, groups):
     expected = loglikelihoods(random_model("gpt2scratch", n_positions=WINDOW), groups, as_trees=True)
     model = random_model("gpt2scratch", torch.float32 if autocast else torch.bfloat16, n_positions=WINDOW)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        assert takes_trees(model, groups[2])
+        assert takes_trees(model, groups)
         found = loglikelihoods(model, groups, as_trees=True)
     assert found != expected
     assert found == [pytest.approx(sums, rel=0.02) for sums in expected]

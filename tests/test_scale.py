@@ -116,7 +116,7 @@ def test_hellaswag_in_the_loop_is_what_its_script_says_of_the_model(flags, refer
     items = load_items(flags[flags.index("--hellaswag_file") + 1])
     encoded = encode_items(model.config, tokenizer, items, "completion")
     scores = score_items(model, encoded, batch_size=3, as_trees=False)
-    summary = summarise(scores, "completion")
+    summary = summarise(encoded, scores, "completion")
     last = [line for line in metrics(reference) if "hellaswag_n" in line][-1]
     assert {key: last[f"hellaswag_{key}"] for key in ("n", "acc", "acc_norm")} == {
         key: summary[key] for key in ("n", "acc", "acc_norm")

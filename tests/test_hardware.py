@@ -1,0 +1,50 @@
+"""Matrix products of a CPU by the faster library, where nothing else changes."""
+
+import pytest
+import torch
+from torch.nn.functional import linear
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pretraining.hardware import OneDnnLinear
+
+
+class Recorder(TorchDispatchMode):
+    """The names of the operations that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.names.append(operation.name())
+        return operation(*args, **(kwargs or {}))
+
+
+def product(with_bias: bool, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, list[str], torch.Tensor]:
+    """What comes out within the mode, by which operations, and in float64 without it."""
+    torch.manual_seed(0)
+    hidden, weight, bias = torch.randn(2, 5, 24), torch.nn.Parameter(torch.randn(7, 24)), torch.randn(7)
+    arguments = (hidden, weight, bias if with_bias else None)
+    expected = linear(*(tensor if tensor is None else tensor.double() for tensor in arguments))
+    arguments = tuple(tensor if tensor is None else tensor.to(dtype) for tensor in arguments)
+    with Recorder() as recorder, OneDnnLinear():
+        found = linear(*arguments[: 2 + with_bias])
+    return found, recorder.names, expected.detach()
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_within_the_mode_onednn_gives_the_same_product(with_bias):
+    with torch.no_grad():
+        found, names, expected = product(with_bias)
+    assert names == ["mkldnn::_linear_pointwise"]
+    assert torch.allclose(found.double(), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", ["gradients", "autocast", "float64"])
+def test_what_it_is_not_for_is_as_it_was(case):
+    with torch.set_grad_enabled(case == "gradients"), torch.autocast("cpu", enabled=case == "autocast"):
+        found, names, expected = product(True, torch.float64 if case == "float64" else torch.float32)
+    assert "mkldnn::_linear_pointwise" not in names and names
+    assert torch.allclose(found.double(), expected, atol=0.1 if case == "autocast" else 1e-5)
+    assert found.requires_grad == (case == "gradients")
+    assert found.dtype == {"autocast": torch.bfloat16, "float64": torch.float64}.get(case, torch.float32)
