@@ -43,9 +43,9 @@ class BenchmarkArguments:
     data_file: str = flag(None, f"items in HellaSwag's own format; {HUB_DATASET} on the Hub if left out")
     tokenizer_name: str = flag("openai-community/gpt2", "a tokenizer: a folder, or a name on the Hub")
     config_name: str = flag("124M", "the model: 124M, 350M, 774M or 1558M")
-    limit: int = flag(100, "so many items, evenly spread over all of them")
+    limit: int = flag(200, "so many items, evenly spread over all of them")
     per_device_eval_batch_size: int = flag(8, "items at once")
-    rounds: int = flag(5, "how often")
+    rounds: int = flag(3, "how often")
 
 
 def main() -> None:

@@ -10,10 +10,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import launch, script, succeed
+from conftest import script, succeed
 from hellaswag_items import TEXT, generated_records, write_items
 from hub_server import Hub
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from processes import run_ranks
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
@@ -274,17 +275,18 @@ def model_folder(tmp_path_factory, model, tokenizer):
     return folder
 
 
-def test_one_and_two_processes_write_the_same_files(tmp_path, model_folder, items):
+def test_one_and_three_processes_write_the_same_files(tmp_path, model_folder, items):
     data_file = write_items(tmp_path / "items.jsonl", generated_records(19))
     written = {}
-    for processes, name in ((1, "one"), (2, "two")):
+    for processes, name in ((1, "one"), (3, "three")):
         output_file, predictions_file = tmp_path / name / "results.json", tmp_path / name / "items.jsonl"
         source = ("--model_name_or_path", model_folder, "--data_file", data_file, "--limit", 17)
         how = ("--protocol", "lm_eval", "--per_device_eval_batch_size", 3)
         output = ("--output_file", output_file, "--predictions_file", predictions_file)
         arguments = ("eval_hellaswag.py", *source, *how, *output)
-        run = succeed(launch(2, *arguments) if processes > 1 else script(*arguments))
-        assert run.stdout.count("acc_norm_stderr") == 1, "only one process prints"
+        runs = [succeed(run) for run in run_ranks(processes, *arguments)]
+        printed = [run.stdout.count("acc_norm_stderr") for run in runs]
+        assert printed == [1, 0, 0][:processes], "only one process prints"
         assert sorted(path.name for path in output_file.parent.iterdir()) == ["items.jsonl", "results.json"]
         lines = predictions_file.read_text().splitlines()
         written[name] = json.loads(output_file.read_text()), [json.loads(line) for line in lines]
@@ -296,8 +298,8 @@ def test_one_and_two_processes_write_the_same_files(tmp_path, model_folder, item
         assert result[name] == pytest.approx(sum(score[choice] == score["label"] for score in scores) / 17)
     assert [list(score) for score in scores] == [["ind", "label", "loglikelihoods", "pred", "pred_norm"]] * 17
     assert [score["ind"] for score in scores] == [item["ind"] for item in items[:17]]
-    assert written["two"][0] == result
-    assert_same_scores(written["two"][1], scores)
+    assert written["three"][0] == result
+    assert_same_scores(written["three"][1], scores)
 
 
 def test_cut_items_are_named(tmp_path, model_folder, items, tokenizer, model):
