@@ -44,7 +44,7 @@ from pretraining.publish import hellaswag_results, update_model_card
 
 Protocol = Literal["completion", "lm_eval"]
 
-HUB_DATASET = "Rowan/hellaswag"
+HUB_DATASET, HUB_SPLIT = "Rowan/hellaswag", "validation"
 TEXT_FIELDS = ("activity_label", "ctx_a", "ctx_b", "ctx")
 FIELDS = ("ind", *TEXT_FIELDS, "endings", "label")
 METRIC = Path(__file__).resolve().parent / "metrics" / "hellaswag"
@@ -142,8 +142,8 @@ def write_results(args: HellaSwagArguments, items: list["EncodedItem"], scores: 
     if problems:
         raise UserError(*problems)
     if args.update_model_card:
-        source = Path(args.data_file).name if args.data_file else args.source()
-        update_model_card(args.model_name_or_path, hellaswag_results(summary, source))
+        data = (Path(args.data_file).name, None) if args.data_file else (args.source(), HUB_SPLIT)
+        update_model_card(args.model_name_or_path, hellaswag_results(summary, *data))
 
 
 def unwritable(path: Path) -> str | None:
@@ -368,7 +368,7 @@ def load_hub_items(name: str = HUB_DATASET, limit: int | None = None) -> list[di
     from datasets import load_dataset  # only here: items in a file need no datasets library
 
     try:
-        dataset = load_dataset(name, split="validation")
+        dataset = load_dataset(name, split=HUB_SPLIT)
     except Exception as error:  # datasets has many kinds
         raise UserError(f"the dataset {name} cannot be loaded: {one_line(error)}") from None
     records = ((f"{name} item {index}", record) for index, record in enumerate(dataset))

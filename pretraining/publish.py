@@ -114,13 +114,14 @@ def push(output_dir: Path, repo_id: str) -> str:
     return f"{repo_id}, revision {commit.oid}"
 
 
-def hellaswag_results(summary: dict, source: str) -> list[EvalResult]:
+def hellaswag_results(summary: dict, source: str, split: str | None) -> list[EvalResult]:
     """
     The entries of a model card that the Hub shows.
 
     Args:
         summary: `protocol n acc acc_stderr acc_norm acc_norm_stderr`; accuracies are fractions.
         source: of the items: a dataset on the Hub, or the name of a file.
+        split: of the dataset.
     """
     names = {"acc": "accuracy", "acc_norm": "accuracy, normalised by length"}
     return [
@@ -128,7 +129,7 @@ def hellaswag_results(summary: dict, source: str) -> list[EvalResult]:
             task_type="text-generation",
             dataset_type=source,
             dataset_name="HellaSwag" if source == "Rowan/hellaswag" else source,
-            dataset_split="validation",
+            dataset_split=split,
             metric_type=metric,
             metric_name=f"{name}, {summary['protocol']} protocol",
             metric_value=round(summary[metric], 4),

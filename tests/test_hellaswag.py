@@ -374,9 +374,8 @@ def test_a_card_gets_the_result_and_keeps_what_it_has(tmp_path, model_folder):
         *(("acc", "completion"), ("acc_norm", "completion"), ("acc", "lm_eval"), ("acc_norm", "lm_eval"))
     ]
     last = added[-1]
-    assert last.dataset_type == last.dataset_name == "items.jsonl" and last.metric_value == pytest.approx(
-        result["acc_norm"], abs=1e-4
-    )
+    assert last.dataset_type == last.dataset_name == "items.jsonl" and last.dataset_split is None
+    assert last.metric_value == pytest.approx(result["acc_norm"], abs=1e-4)
     assert last.metric_args == {"protocol": "lm_eval", "n": 5, "stderr": round(result["acc_norm_stderr"], 4)}
 
 
@@ -417,8 +416,8 @@ def test_from_a_hub_and_back(tmp_path, model_folder):
         result = json.loads(succeed(script("eval_hellaswag.py", *output, "--update_model_card", **environment)).stdout)
         card = ModelCard(hub.files("us/model", "model")["README.md"].decode())
         assert card.data.license == "mit" and card.data.model_name == "model"
-        assert {(each.dataset_type, each.dataset_name) for each in card.data.eval_results} == {
-            ("Rowan/hellaswag", "HellaSwag")
+        assert {(each.dataset_type, each.dataset_name, each.dataset_split) for each in card.data.eval_results} == {
+            ("Rowan/hellaswag", "HellaSwag", "validation")
         }
         assert [entry.metric_value for entry in card.data.eval_results] == [
             pytest.approx(result[name], abs=1e-4) for name in ("acc", "acc_norm")
