@@ -40,7 +40,7 @@ from pretraining.arguments import ProcessError, UserError, flag, one_line, parse
 from pretraining.files import write_text
 from pretraining.launch import check_launch
 from pretraining.loglikelihood import Continuation, loglikelihoods, takes_trees, token_tree
-from pretraining.publish import hellaswag_results, update_model_card
+from pretraining.model_card import hellaswag_results, update_model_card
 
 Protocol = Literal["completion", "lm_eval"]
 

@@ -12,8 +12,9 @@ Running the same command again continues from the last checkpoint.
 """
 
 import math
+import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -23,6 +24,7 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import set_seed
 from accelerate.utils.memory import should_reduce_batch_size
+from huggingface_hub import ModelCard
 from safetensors import SafetensorError
 from torch import nn
 from torch.optim import Optimizer
@@ -30,6 +32,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from eval_hellaswag import (
+    HUB_DATASET,
     EncodedItem,
     encode_items,
     load_hub_items,
@@ -56,6 +59,7 @@ from pretraining.launch import (
     open_state,
 )
 from pretraining.memory import fit_into_memory
+from pretraining.model_card import RunRecord, duration, model_card
 from pretraining.models import build_model, check_fit, load_config
 from pretraining.optim import build_optimizers, learning_rate_factor, parameter_groups, set_learning_rate
 from pretraining.plots import plot_hellaswag, plot_loss
@@ -73,6 +77,8 @@ from pretraining.watchdog import Watchdog
 
 # The speed of a run is told once so many steps are behind it: the first ones warm up, or compile.
 STEPS_TO_MEASURE = 5
+PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers")  # whose versions the model card tells
+FINAL = "Trained by gpt2scratch"  # the message of its commit
 SAVING_FAILED = -1  # among the notes of a step, where the others are numbers of signals
 
 
@@ -109,6 +115,7 @@ def start(args: TrainArguments, state: PartialState, signals: StopSignals, watch
     check_fit(config, len(tokenizer), data.block_size)
     encode_prompts(tokenizer, args.sample_prompts, config.n_positions)  # now, not after the last step
     hellaswag = open_hellaswag(args, config, data, state) if args.hellaswag_steps else []
+    repo_id = open_repository(args, state) if args.push_to_hub else None
     accumulation = accumulation_steps(args, data.block_size, state.num_processes)
     accelerator = open_accelerator(state, accumulation, args.torch_compile, args.optim)
     split = Split(
@@ -133,10 +140,10 @@ def start(args: TrainArguments, state: PartialState, signals: StopSignals, watch
         if folder.is_finished:
             state.print(f"{output_dir} holds a finished run; to train again, delete it or choose another --output_dir")
             send_unsent(accelerator, output_dir, args.trackers(), args.max_steps, asdict(args))
-            if args.push_to_hub and state.is_main_process:
-                print(f"published as {publish.push(output_dir, hub_name(args))}")
+            if repo_id and state.is_main_process:
+                print(f"published as {publish.push(output_dir, repo_id, args.hub_private_repo, FINAL)}")
         else:
-            run = (args, accelerator, config, data, split, who, hellaswag, folder.checkpoint)
+            run = (args, accelerator, config, data, split, who, hellaswag, repo_id, folder.checkpoint)
             is_stopped = train(*run, signals, watchdog)
     # The model first, then the process group: destroyed with a DDP model still referring to it, gloo's threads and
     # this one can wait for each other for ever.
@@ -169,6 +176,25 @@ def open_hellaswag(
     return on_every_process(work)
 
 
+def open_repository(args: TrainArguments, state: PartialState) -> str:
+    """
+    The whole name of the repository on the Hub, which is made now: that a token may not write is better told before
+    training than after it. A Hub that cannot be reached may be by then.
+    """
+
+    def work() -> str:
+        name = args.hub_model_id or Path(args.output_dir).name
+        try:
+            return publish.create_repository(name, args.hub_private_repo)
+        except publish.HubRefusal:
+            raise
+        except UserError as error:
+            print(f"warning: {error}; it is tried again when there is something to publish", file=sys.stderr)
+            return name
+
+    return on_main_process(state, work)
+
+
 def train(
     args: TrainArguments,
     accelerator: Accelerator,
@@ -177,6 +203,7 @@ def train(
     split: Split,
     who: dict,
     hellaswag: list[EncodedItem],
+    repo_id: str | None,
     last_checkpoint: Path | None,
     signals: StopSignals,
     watchdog: Watchdog,
@@ -187,6 +214,7 @@ def train(
 
     Args:
         who: the run's identity.
+        repo_id: where to publish, None if it is not to be.
     """
     output_dir, num_processes = Path(args.output_dir), split.num_processes
     set_seed(args.seed)
@@ -219,10 +247,19 @@ def train(
     goes_on = position is not None and is_same_data(position["identity"], who)
     batches = data.batches(split, args.seed, run.step, position["stream"] if goes_on else None)
     is_due = position is not None and position["is_due"]
-    with (
-        RunLog(accelerator, output_dir, run.step, args.max_steps, args.trackers(), asdict(args), is_due) as log,
-        CheckpointWriter(accelerator, output_dir, model, optimizers, args.save_total_limit) as writer,
-    ):
+
+    def card(position: dict, samples: Sequence[str] = ()) -> ModelCard:
+        record = run_record(args, accelerator, data, sum(groups), run.tokens_per_step, position, repo_id, samples)
+        return model_card(record, config)
+
+    def complete(folder: Path, position: dict) -> None:
+        publish.write_companions(data.tokenizer, config.n_positions, card(position), folder)
+
+    with RunLog(accelerator, output_dir, run.step, args.max_steps, args.trackers(), asdict(args), is_due) as log:
+        publisher = None
+        if repo_id and args.hub_strategy == "checkpoint":
+            publisher = publish.CheckpointPublisher(output_dir, repo_id, args.hub_private_repo, complete, log.write)
+        writer = CheckpointWriter(accelerator, output_dir, model, optimizers, args.save_total_limit, publisher)
         training = Training(
             args,
             run,
@@ -240,7 +277,8 @@ def train(
             watchdog,
         )
         try:
-            is_stopped = training.loop(is_due)
+            with writer:
+                is_stopped = training.loop(is_due)
         except RuntimeError as error:
             if not should_reduce_batch_size(error):
                 raise
@@ -250,7 +288,11 @@ def train(
                 f"--gradient_accumulation_steps {double}, or --gradient_checkpointing"
             ) from error
     if not is_stopped:
-        finish(args, run, accelerator, model, data, training.samples)
+        finish(args, accelerator, model, data, lambda: card(run.position(), training.samples))
+        if repo_id and accelerator.is_main_process:
+            if publisher:
+                publisher.wait()
+            publish_final(args, repo_id)
     return is_stopped
 
 
@@ -460,9 +502,7 @@ class Training:
             self.warn_of_a_strange_start(values["loss"])
         if not self.is_measured and self.first_step + STEPS_TO_MEASURE <= run.step < self.args.max_steps:
             hours = (self.args.max_steps - run.step) * values["step_seconds"] / 3600
-            self.log.write(
-                f"{shown['tokens/s']} tokens/s: about {publish.duration(hours)} to go, evaluations not counted"
-            )
+            self.log.write(f"{shown['tokens/s']} tokens/s: about {duration(hours)} to go, evaluations not counted")
             self.is_measured = True
 
     def warn_of_a_strange_start(self, loss: float) -> None:
@@ -543,54 +583,70 @@ class Training:
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
 
+def run_record(
+    args: TrainArguments,
+    accelerator: Accelerator,
+    data: TrainingData,
+    parameters: int,
+    tokens_per_step: int,
+    position: dict,
+    repo_id: str | None,
+    samples: Sequence[str],
+) -> RunRecord:
+    """What the model card tells of the run where it stands, or stood, at `position`."""
+    lines = [line for line in read_metrics(Path(args.output_dir)) if line["step"] <= position["step"]]
+    return RunRecord(
+        name=repo_id or args.output_dir,
+        parameters=parameters,
+        step=position["step"],
+        max_steps=args.max_steps,
+        tokens=position["step"] * tokens_per_step,
+        hours=position["elapsed_seconds"] / 3600,
+        hardware=hardware.device_description(accelerator.device, accelerator.num_processes),
+        mixed_precision=accelerator.mixed_precision,
+        license=args.license,
+        settings=args.settings(),
+        sources=data.sources,
+        train_statistics=data.statistics,
+        validation_statistics=data.validation.statistics,
+        evaluation=next((line for line in reversed(lines) if "eval_loss" in line), None),
+        hellaswag=next((line for line in reversed(lines) if "hellaswag_n" in line), None),
+        hellaswag_source=Path(args.hellaswag_file).name if args.hellaswag_file else HUB_DATASET,
+        compression=data.validation.compression_rates,
+        prompt=args.sample_prompts[0],
+        samples=list(samples),
+        versions={"Python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+    )
+
+
 def finish(
     args: TrainArguments,
-    run: Run,
     accelerator: Accelerator,
     model: nn.Module,
     data: TrainingData,
-    samples: list[str],
+    card: Callable[[], ModelCard],
 ) -> None:
     """Write the final model and its card, and say how good it is."""
     state_dict = full_weights(accelerator, model)  # on all processes: each may hold a part
     if not accelerator.is_main_process:
         return
+    output_dir = Path(args.output_dir)
     unwrapped = accelerator.unwrap_model(model, keep_torch_compile=False)
-    evaluation = [line for line in read_metrics(Path(args.output_dir)) if "eval_loss" in line][-1]
-    record = publish.RunRecord(
-        name=hub_name(args) if args.push_to_hub else args.output_dir,
-        parameters=unwrapped.num_parameters(),
-        tokens=run.tokens,
-        steps=run.step,
-        hours=run.elapsed_seconds / 3600,
-        hardware=hardware.device_description(accelerator.device, accelerator.num_processes),
-        mixed_precision=accelerator.mixed_precision,
-        settings=args.settings(),
-        sources=data.sources,
-        train_statistics=data.statistics,
-        validation_statistics=data.validation.statistics,
-        evaluation=evaluation,
-        compression=data.validation.compression_rates,
-        prompt=args.sample_prompts[0],
-        samples=samples,
-        versions={name: version(name) for name in ("torch", "transformers", "accelerate", "datasets", "tokenizers")},
-    )
-    publish.export(unwrapped, data.tokenizer, record, Path(args.output_dir), state_dict)
-    yardsticks = "".join(f", {name} {rate:.3f}" for name, rate in record.compression.items())
+    publish.export(unwrapped, data.tokenizer, card(), output_dir, state_dict)
+    evaluation = [line for line in read_metrics(output_dir) if "eval_loss" in line][-1]
+    yardsticks = "".join(f", {name} {rate:.3f}" for name, rate in data.validation.compression_rates.items())
     bits_per_byte = evaluation["eval_bits_per_byte"]
-    print(f"{args.output_dir}: {bits_per_byte:.3f} bits per byte of the validation text{yardsticks}")
-    best = best_checkpoint(Path(args.output_dir))
+    print(f"{output_dir}: {bits_per_byte:.3f} bits per byte of the validation text{yardsticks}")
+    best = best_checkpoint(output_dir)
     if best and best[1] < evaluation["eval_loss"]:
         print(f"{best[0]} ({BEST}) has a lower eval_loss than the final model: {best[1]:.4f}")
-    if args.push_to_hub:
-        try:
-            print(f"published as {publish.push(Path(args.output_dir), hub_name(args))}")
-        except UserError as error:
-            print(f"warning: {error}; the same command, when it can be reached, publishes the run", file=sys.stderr)
 
 
-def hub_name(args: TrainArguments) -> str:
-    return args.hub_model_id or Path(args.output_dir).name
+def publish_final(args: TrainArguments, repo_id: str) -> None:
+    try:
+        print(f"published as {publish.push(Path(args.output_dir), repo_id, args.hub_private_repo, FINAL)}")
+    except UserError as error:
+        print(f"warning: {error}; the same command, when it can be reached, publishes the run", file=sys.stderr)
 
 
 if __name__ == "__main__":

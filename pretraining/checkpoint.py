@@ -14,6 +14,7 @@ model was wrapped or sharded, and of several machines only the first one needs t
 import json
 import pickle
 import shutil
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,6 +77,7 @@ class CheckpointWriter:
     Args:
         model, optimizers: as `accelerator.prepare` returned them.
         save_total_limit: how many to keep, beside the best one.
+        on_saved: called with the folder and position of each that is written, by the thread.
     """
 
     def __init__(
@@ -85,12 +87,14 @@ class CheckpointWriter:
         model: nn.Module,
         optimizers: list[Optimizer],
         save_total_limit: int,
+        on_saved: Callable[[Path, dict], None] | None = None,
     ):
         self.accelerator = accelerator
         self.output_dir = output_dir
         self.model = model
         self.optimizers = optimizers
         self.save_total_limit = save_total_limit
+        self.on_saved = on_saved
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._task: Future | None = None
 
@@ -163,6 +167,8 @@ class CheckpointWriter:
                 f"{final} cannot be written, with {free:,.0f} MB free on the disk: {one_line(error)}; earlier "
                 "checkpoints are whole, and the same command goes on from the last one"
             ) from error
+        if self.on_saved:
+            self.on_saved(final, position)
 
 
 def load_checkpoint(accelerator: Accelerator, folder: Path, model: nn.Module, optimizers: list[Optimizer]) -> dict:

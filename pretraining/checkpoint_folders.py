@@ -27,7 +27,7 @@ BEST = "best-checkpoint"
 ABANDONED = "abandoned-"
 DELETED = "deleted-"
 # What else has a name with INCOMPLETE while it is made.
-OURS = (BEST, "final", "training_args.yaml", "metrics.jsonl", "events.jsonl", "unsent.json")
+OURS = (BEST, "final", "hub", "training_args.yaml", "metrics.jsonl", "events.jsonl", "unsent.json")
 
 
 def checkpoint_folder(output_dir: Path, step: int) -> Path:

@@ -207,7 +207,7 @@ def hub_corpus(name: str, config: str | None, revision: str | None, text_column:
         documents = load_dataset(name, config, split="train", revision=revision, streaming=True)
     except Exception as error:  # no such dataset, revision or configuration, no network, or files nobody can read
         raise UserError(f"--dataset_name {name} cannot be loaded: {one_line(error)}") from None
-    description = {"name": name, "config": config, "revision": revision}
+    description = {"name": Path(name).name if Path(name).is_dir() else name, "config": config, "revision": revision}
     splits = documents.info.splits or {}
     num_documents = splits["train"].num_examples if "train" in splits else None
     return Corpus(_text_as_bytes(documents, text_column), text_column, description, num_documents=num_documents)

@@ -177,7 +177,7 @@ class DataFolder:
     An opened folder of packed rows.
 
     Attributes:
-        name, revision: of the text that it was made from.
+        name, revision, config: of the text that it was made from; the last is a configuration of a dataset.
         fingerprint: sha256 of what identifies the training rows.
         check: reads every file once and returns what is wrong with them, an empty list if nothing is. It may fill in
             statistics that only that reading tells.
@@ -190,6 +190,7 @@ class DataFolder:
     train: PackedDataset
     validation: PackedDataset
     check: Callable[[], list[str]]
+    config: str | None = None
 
 
 def open_data_folder(folder: Path, tokenizer_fingerprint: str | None = None) -> DataFolder:
@@ -228,6 +229,7 @@ def open_data_folder(folder: Path, tokenizer_fingerprint: str | None = None) -> 
     return DataFolder(
         name=source["name"],
         revision=source["revision"],
+        config=source.get("config"),
         block_size=block_size,
         fingerprint=hashlib.sha256(json.dumps(info["splits"]["train"]["shards"]).encode()).hexdigest(),
         check=check,

@@ -31,7 +31,7 @@ BLOCK_SIZE = 1024  # where neither the data nor a flag says: GPT-2's
 class TrainingData:
     """
     Attributes:
-        sources: name, revision and share of each, for the model card.
+        sources: name, configuration, revision and share of each, for the model card.
         fingerprint: sha256 of what a checkpoint's position depends on.
         statistics: of one epoch of the training rows, as in `PackedDataset`; of a stream nobody knows them.
     """
@@ -116,7 +116,9 @@ def open_packed(
         tokenizer=tokenizer,
         block_size=block_size,
         validation=concatenate([folder.validation for folder in folders]),
-        sources=named([{"name": folder.name, "revision": folder.revision} for folder in folders], weights),
+        sources=named(
+            [{"name": each.name, "config": each.config, "revision": each.revision} for each in folders], weights
+        ),
         fingerprint=identity,
         statistics=concatenate([folder.train for folder in folders]).statistics,
         folders=folders,

@@ -9,6 +9,7 @@ from typing import Literal
 from pretraining.arguments import UserError, flag
 from pretraining.identity import CHANGEABLE
 from pretraining.mixture import Schedule, Source, parse_mixture
+from pretraining.model_card import problems_of_license
 from pretraining.optim import SCHEDULES
 
 AT_LEAST_ONE = """block_size per_device_train_batch_size gradient_accumulation_steps tokens_per_step max_steps
@@ -23,7 +24,8 @@ NEUTRAL = """output_dir data_dir dataset_name dataset_config_name dataset_revisi
     gradient_checkpointing torch_compile dataloader_num_workers
     logging_steps eval_steps eval_iters hellaswag_steps hellaswag_file sample_steps
     sample_prompts save_steps save_total_limit resume_from_checkpoint allow_changes report_to
-    push_to_hub hub_model_id config_name config_overrides auto_batch_size max_nonfinite_steps ddp_timeout"""
+    push_to_hub hub_model_id hub_strategy hub_private_repo license config_name config_overrides
+    auto_batch_size max_nonfinite_steps ddp_timeout"""
 
 
 @dataclass
@@ -101,8 +103,13 @@ class TrainArguments:
         ["tensorboard"], "trackers to send metrics to", nargs="+", choices=["none", "tensorboard", "wandb", "trackio"]
     )
 
-    push_to_hub: bool = flag(False, "publish the final model on the Hub")
+    push_to_hub: bool = flag(False, "publish the model on the Hub")
     hub_model_id: str = flag(None, "under this name; that of the run folder if left out")
+    hub_strategy: Literal["end", "checkpoint"] = flag(
+        "end", "publish the final model, or the model of each checkpoint too, while training goes on"
+    )
+    hub_private_repo: bool = flag(False, "make the repository a private one, if it is not there yet")
+    license: str = flag("mit", "of the weights, for the model card: as the Hub names it")
 
     def problems(self) -> list[str]:
         found = [] if self.output_dir else ["--output_dir is required"]
@@ -127,8 +134,12 @@ class TrainArguments:
             found.append("--hellaswag_file is for --hellaswag_steps: give both")
         if self.hellaswag_file and not Path(self.hellaswag_file).is_file():
             found.append(f"--hellaswag_file {self.hellaswag_file} is not a file")
-        if self.hub_model_id and not self.push_to_hub:
-            found.append(f"--hub_model_id {self.hub_model_id} is for --push_to_hub: give both")
+        for name in ("hub_model_id", "hub_private_repo"):
+            if getattr(self, name) and not self.push_to_hub:
+                found.append(f"--{name} {getattr(self, name)} is for --push_to_hub: give both")
+        if self.hub_strategy != "end" and not self.push_to_hub:
+            found.append(f"--hub_strategy {self.hub_strategy} is for --push_to_hub: give both")
+        found += problems_of_license(self.license)
         if "none" in self.report_to and self.trackers():
             found.append(f"--report_to none leaves no place for {', '.join(self.trackers())}")
         for name in self.trackers():

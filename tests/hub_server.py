@@ -13,7 +13,8 @@ import socket
 import struct
 import sys
 import threading
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
@@ -124,6 +125,8 @@ class Hub:
         self.lock = threading.Lock()
         self._failures: list[list] = []  # times left, status, part of the path
         self._drops: list[list] = []  # times left, bytes that go through, whether by a reset
+        self._held: str | None = None  # part of the paths that are not answered
+        self._released = threading.Condition()
         self._server = Server(("127.0.0.1", 0), Handler)
         self._server.hub = self
         self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
@@ -182,6 +185,21 @@ class Hub:
         """Answer the next `times` requests whose path contains `matching` with this status, and do nothing."""
         with self.lock:
             self._failures.append([times, status, matching])
+
+    @contextmanager
+    def hold(self, matching: str) -> Iterator[None]:
+        """Within it, requests whose path contains `matching` wait for their answer."""
+        self._held = matching
+        try:
+            yield
+        finally:
+            with self._released:
+                self._held = None
+                self._released.notify_all()
+
+    def wait_where_held(self, path: str) -> None:
+        with self._released:
+            self._released.wait_for(lambda: self._held is None or self._held not in path)
 
     def next_failure(self, path: str) -> int | None:
         """The status to answer this path with, where it is to fail."""
@@ -253,6 +271,7 @@ class Handler(BaseHTTPRequestHandler):
         self.hub, self.url = self.server.hub, urlsplit(self.path)
         self.query = {name: values[0] for name, values in parse_qs(self.url.query).items()}
         self.body = self.read_body()  # even for a refusal: the next request on this connection comes after it
+        self.hub.wait_where_held(self.path)
         try:
             with self.hub.lock:
                 answer = self.answer()
@@ -357,7 +376,8 @@ class Handler(BaseHTTPRequestHandler):
         siblings = [{"rfilename": path, "size": len(file.content)} for path, file in sorted(commit.files.items())]
         dates = {"createdAt": repository.commits[0].date, "lastModified": commit.date}
         access = {"private": repository.private, "gated": False, "disabled": False}
-        return {"id": repo_id, "sha": commit.sha, "tags": [], "siblings": siblings, **dates, **access}
+        config = {"config": json.loads(commit.files["config.json"].content)} if "config.json" in commit.files else {}
+        return {"id": repo_id, "sha": commit.sha, "tags": [], "siblings": siblings, **dates, **access, **config}
 
     @route("GET", "/api/KIND/ID/tree/REV(?:/PATH)?")
     def tree(self, kind, repo_id, revision, folder):

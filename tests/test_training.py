@@ -282,7 +282,7 @@ def test_the_evaluation_is_the_mean_over_every_row_counted_once(finished_run, da
             log_probabilities = model(row[None]).logits[0, :-1].log_softmax(-1)
             losses += (-log_probabilities.gather(-1, row[1:, None])).flatten().tolist()
     assert metrics(tmp_path / "run")[-1]["eval_loss"] == pytest.approx(np.mean(losses), rel=1e-6)
-    assert f"trained further from `{finished_run[0]}`" in (tmp_path / "run/README.md").read_text()
+    assert f"trained further from `{finished_run[0].name}`" in (tmp_path / "run/README.md").read_text()
 
 
 class FailingTracker(GeneralTracker):

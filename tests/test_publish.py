@@ -1,0 +1,496 @@
+"""What is trained here goes to the Hub whole, and only what belongs there; and it is at home there."""
+
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+from conftest import REPOSITORY, TINY, metrics, run, succeed, train
+from hellaswag_items import generated_records, write_items
+from hub_server import Hub
+from huggingface_hub import ModelCard
+from processes import wait_until
+from safetensors.torch import load
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline, set_seed
+
+import publish_model
+import train_accelerate
+from pretraining.arguments import run_script
+
+CODE = {"modeling_gpt2scratch.py", "configuration_gpt2scratch.py", "packing.py", "linear_cross_entropy.py"}
+TOKENIZER = {"tokenizer.json", "tokenizer_config.json"}
+WHOLE = {"config.json", "generation_config.json", "model.safetensors", "README.md", *CODE, *TOKENIZER}
+TOKEN = "hf_secret"
+# One that the run below has learnt to go on from.
+PROMPT = "def apple("
+
+
+@pytest.fixture(scope="module")
+def items_file(tmp_path_factory) -> Path:
+    # Short ones: the model has 32 positions.
+    records = [{**record, "ctx": "A man"} for record in generated_records(8)]
+    return write_items(tmp_path_factory.mktemp("hellaswag") / "items.jsonl", records)
+
+
+@pytest.fixture(scope="module")
+def run_dir(data_dir, items_file, tmp_path_factory) -> Path:
+    """A finished run, with what a run folder may hold besides."""
+    folder = tmp_path_factory.mktemp("runs") / "small"
+    arguments = (
+        "--max_steps",
+        120,
+        "--save_steps",
+        60,
+        "--eval_steps",
+        60,
+        "--optim",
+        "muon",
+        "--learning_rate",
+        2e-2,
+    )
+    arguments += ("--hellaswag_steps", 60, "--hellaswag_file", items_file, "--sample_prompts", PROMPT)
+    succeed(train(data_dir, folder, *arguments))
+    (folder / "wandb").mkdir()
+    (folder / "wandb/config.yaml").write_text(f"token: {TOKEN}")
+    (folder / "notes.txt").write_text("mine")
+    return folder
+
+
+@pytest.fixture
+def use_hub(monkeypatch, tmp_path):
+    """`use_hub(hub)`: this process's client knows that Hub alone, as it would have if it had been started so."""
+
+    def use(hub: Hub, token: str = TOKEN) -> None:
+        for name, value in hub.environment(tmp_path / "home").items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("HF_TOKEN", token)
+        constants = huggingface_hub.constants
+        for name, value in {"ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}.items():
+            monkeypatch.setattr(constants, name, value)
+
+    return use
+
+
+@pytest.fixture
+def publish(monkeypatch, capfd):
+    """`publish(*arguments)`: exit status, and what publish_model.py says on stdout and stderr. In this process."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["publish_model.py", *map(str, arguments)])
+        capfd.readouterr()
+        try:
+            run_script(publish_model.main)
+            status = 0
+        except SystemExit as end:
+            status = end.code
+        return status, *capfd.readouterr()
+
+    return call
+
+
+def titles(hub: Hub, repo_id: str) -> list[str]:
+    return [commit.title for commit in hub.repositories["model", repo_id].commits]
+
+
+def weights_sent(hub: Hub) -> int:
+    return sum(method == "PUT" and status == 200 for method, _, _, status in hub.requests)
+
+
+def assert_nothing_private(files: dict[str, bytes], *secrets: object) -> None:
+    for name, content in files.items():
+        for secret in (TOKEN, *map(str, secrets)):
+            assert secret.encode() not in content, f"{name} tells {secret}"
+
+
+def code_blocks(card: str) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```$", card, flags=re.M | re.S)
+
+
+def greedy(folder: Path) -> str:
+    """The prompt, and what the model's greedy decoding writes after it, in a plain loop without a cache."""
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer(PROMPT, return_tensors="pt").input_ids
+    with torch.no_grad():
+        while ids.shape[1] < model.config.n_positions:
+            ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], dim=1)
+    return tokenizer.decode(ids[0])
+
+
+def piped(folder: Path) -> str:
+    """What a pipeline, which samples, writes after the prompt with the model's own class and the seed 0."""
+    generator = pipeline("text-generation", model=str(folder))
+    set_seed(0)
+    return generator(PROMPT, max_new_tokens=16)[0]["generated_text"]
+
+
+def test_checkpoints_are_published_while_training_goes_on(data_dir, items_file, tmp_path):
+    """And on a machine without this repository, what the card says works, for any of the commits."""
+    arguments = ("--data_dir", data_dir, "--output_dir", tmp_path / "run", "--config_overrides", TINY)
+    arguments += ("--max_steps", 30, "--save_steps", 5, "--save_total_limit", 1, "--eval_steps", 10)
+    arguments += ("--logging_steps", 1, "--learning_rate", 3e-3, "--sample_prompts", PROMPT, "--license", "cc-by-4.0")
+    arguments += ("--push_to_hub", "--hub_model_id", "model", "--hub_strategy", "checkpoint", "--hub_private_repo")
+    command = [sys.executable, REPOSITORY / "train_accelerate.py", *arguments]
+    with Hub(token=TOKEN) as hub:
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", **hub.environment(tmp_path / "me")}
+        with hub.hold("/storage/"):  # the first checkpoint is on its way for as long as the test wants
+            process = subprocess.Popen(
+                list(map(str, command)), env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            )
+            log = tmp_path / "run/metrics.jsonl"
+            wait_until(lambda: log.is_file() and any(line.get("step", 0) >= 20 for line in metrics(log.parent)), 120)
+            assert titles(hub, "tester/model") == ["initial commit"]
+            assert not (tmp_path / "run/checkpoint-000005").exists()  # rotated away, and yet it arrives
+        output, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+        assert "published as tester/model, revision " in output and "step 5 is published as tester/model" in output
+        assert "warning" not in output + errors
+        assert hub.repositories["model", "tester/model"].private
+        first, *_, last = titles(hub, "tester/model")[1:]
+        assert (first, last) == ("Step 5", "Trained by gpt2scratch")
+        _, at_5, *_, final = hub.commits("tester/model", "model")
+        early = hub.files("tester/model", "model", revision=at_5)
+        late = hub.files("tester/model", "model", revision=final)
+        assert set(early) == WHOLE and set(late) == WHOLE | {"plots/loss.png"}
+        assert_nothing_private({**early, **{f"late {name}": file for name, file in late.items()}}, tmp_path, data_dir)
+        for name in WHOLE - {"README.md"}:
+            assert late[name] == (tmp_path / "run" / name).read_bytes(), name
+        assert {name for name in WHOLE if early[name] != late[name]} == {"model.safetensors", "README.md"}
+        assert not list((tmp_path / "run").glob("*.incomplete"))
+        card = early["README.md"].decode()
+        assert "So far 5 of 30 steps." in card and "license: cc-by-4.0" in card and "Not evaluated yet." in card
+        assert "So far" not in late["README.md"].decode()
+
+        program = f"""
+import importlib.util, json, transformers
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+assert importlib.util.find_spec("modeling_gpt2scratch") is None
+for revision in ({at_5!r}, {final!r}):
+    model = AutoModelForCausalLM.from_pretrained("tester/model", revision=revision, trust_remote_code=True)
+    base = AutoModel.from_pretrained("tester/model", revision=revision, trust_remote_code=True)
+    assert type(base).__name__ == "GPT2ScratchModel"
+    print(json.dumps([weight.sum().item() for weight in model.parameters()]))
+import contextlib
+from accelerate.commands import estimate
+command = ["tester/model", "--library_name", "transformers", "--trust_remote_code", "--dtypes", "float32"]
+with contextlib.redirect_stdout(None):
+    estimated = estimate.gather_data(estimate.estimate_command_parser().parse_args(command))
+print(json.dumps(estimated))
+transformers.set_seed(0)
+exec(compile({code_blocks(late["README.md"].decode())[0]!r}, "card", "exec"))
+"""
+        elsewhere = {"PYTHONPATH": "", "PYTHONSAFEPATH": "1", **hub.environment(tmp_path / "you")}
+        lines = succeed(run(sys.executable, "-c", program, cwd=tmp_path, **elsewhere)).stdout.splitlines()
+    for line, files in zip(lines, (early, late), strict=False):
+        weights = load(files["model.safetensors"]).values()
+        assert sorted(json.loads(line)) == pytest.approx(sorted(each.sum().item() for each in weights), abs=1e-4)
+    assert lines[0] != lines[1]
+    # accelerate estimate-memory: four bytes a parameter, and the head by itself, as its empty weights are not tied.
+    ((dtype, _, size, _),) = json.loads(lines[2])
+    head = 320 * 32
+    assert (dtype, size) == ("float32", 4 * (sum(each.numel() for each in weights) + head))
+    assert "\n".join(lines[3:]).strip() == piped(tmp_path / "run").strip()
+
+
+def test_a_token_that_may_not_write_is_told_before_training(data_dir, tmp_path, use_hub, refuse):
+    flags = ("--data_dir", data_dir, "--output_dir", tmp_path / "run", "--config_overrides", TINY)
+    with Hub(token=TOKEN) as hub:
+        use_hub(hub, token="hf_other")
+        (line,) = refuse(train_accelerate, *flags, "--push_to_hub", "--hub_model_id", "us/model")
+    assert line.startswith("train_accelerate.py: error: --push_to_hub us/model failed: ") and "401" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_finished_run_is_published_by_a_command(run_dir, data_dir, use_hub, publish):
+    with Hub(token=TOKEN) as hub:
+        use_hub(hub, token="hf_other")
+        command = ("--model_name_or_path", run_dir, "--push_to_hub", "--hub_model_id", "us/model")
+        status, _, errors = publish(*command)
+        assert status == 2 and errors.startswith("publish_model.py: error: --push_to_hub us/model failed: ")
+        assert "401" in errors and errors.count("\n") == 1
+        assert not hub.repositories
+
+        use_hub(hub)
+        hub.fail(times=1, status=500, matching="/commit/")  # when the weights are there already
+        status, _, errors = publish(*command)
+        assert status == 2 and errors.count("\n") == 1 and "--push_to_hub us/model failed: " in errors
+        assert titles(hub, "us/model") == ["initial commit"] and weights_sent(hub) == 1
+
+        status, output, errors = publish(*command, "--license", "odc-by")
+        assert (status, errors) == (0, "") and output.startswith("published as us/model, revision ")
+        assert weights_sent(hub) == 1
+        assert hub.commits("us/model", "model")[-1] in output
+        files = hub.files("us/model", "model")
+        assert set(files) == WHOLE | {"plots/loss.png", "plots/hellaswag.png"}
+        assert_nothing_private(files, run_dir, data_dir)
+        card = files["README.md"].decode()
+        assert "# model\n" in card and 'model="us/model"' in card
+        assert "license: odc-by" in card and "The weights: `odc-by`." in card
+        assert f'model="{run_dir}"' in (run_dir / "README.md").read_text()  # which stays as it is
+
+
+def test_a_push_that_was_killed_goes_on_where_it_was(run_dir, tmp_path, use_hub, publish):
+    command = ("--model_name_or_path", run_dir, "--push_to_hub", "--hub_model_id", "us/model")
+    with Hub(token=TOKEN) as hub:
+        environment = {**os.environ, **hub.environment(tmp_path / "me")}
+        with hub.hold("/commit/"):
+            words = [sys.executable, REPOSITORY / "publish_model.py", *command]
+            process = subprocess.Popen(list(map(str, words)), env=environment, stderr=subprocess.DEVNULL)
+            wait_until(lambda: weights_sent(hub) == 1, 60)
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+        use_hub(hub)
+        assert publish(*command)[0] == 0
+        assert weights_sent(hub) == 1
+        assert hub.files("us/model", "model")["model.safetensors"] == (run_dir / "model.safetensors").read_bytes()
+
+
+def test_the_card_tells_the_run_from_its_records(run_dir):
+    card = ModelCard.load(run_dir / "README.md")
+    lines = metrics(run_dir)
+    evaluation = [line for line in lines if "eval_loss" in line][-1]
+    hellaswag = [line for line in lines if "hellaswag_n" in line][-1]
+    entries = {entry.metric_type: entry for entry in card.data.eval_results}
+    assert entries["loss"].metric_value == pytest.approx(evaluation["eval_loss"], abs=1e-4)
+    assert entries["perplexity"].metric_value == pytest.approx(math.exp(evaluation["eval_loss"]), abs=1e-3)
+    assert entries["bits_per_byte"].metric_value == pytest.approx(evaluation["eval_bits_per_byte"], abs=1e-4)
+    for metric in ("acc", "acc_norm"):
+        share, n = hellaswag[f"hellaswag_{metric}"], 8
+        hits = [1.0] * round(share * n) + [0.0] * (n - round(share * n))
+        variance = sum((hit - share) ** 2 for hit in hits) / (n - 1)
+        entry = entries[metric]
+        assert entry.metric_value == pytest.approx(share, abs=1e-4)
+        assert entry.metric_args["n"] == n
+        assert entry.metric_args["stderr"] == pytest.approx(math.sqrt(variance / n), abs=1e-4)
+        assert f"| `{metric}` | {share:.4f} ± {math.sqrt(variance / n):.4f} |" in card.text
+    assert card.data.license == "mit" and card.data.pipeline_tag == "text-generation"
+    parameters = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(run_dir).parameters())
+    info = json.loads((run_dir / "identity.json").read_text())
+    for expected in (
+        f"{parameters:,}",
+        "documents.jsonl, revision ",
+        f"{120 * info['tokens_per_step']:,} (",  # tokens seen
+        "| `learning_rate` | 0.02 |",
+        f"{evaluation['eval_loss']:.4f}",
+        "(plots/loss.png)",
+        "(plots/hellaswag.png)",
+        f"torch {torch.__version__}",
+        "## Limits",
+        "## Licence",
+        "1 process, CPU",
+    ):
+        assert expected in card.text, expected
+    elapsed = lines[-1]["elapsed_seconds"]
+    seconds = float(re.search(r"\| time \| ([\d.]+) seconds", card.text)[1])
+    assert seconds == pytest.approx(elapsed, abs=2)
+
+
+@pytest.fixture(scope="module")
+def converted(run_dir, tmp_path_factory):
+    """`converted(format)`: the run in that format, written by the command, once."""
+    folders = {}
+
+    def call(publish, format: str, *arguments: object) -> Path:
+        if format not in folders:
+            folder = tmp_path_factory.mktemp("converted") / format
+            command = ("--model_name_or_path", run_dir, "--format", format, "--output_dir", folder, *arguments)
+            status, output, errors = publish(*command)
+            assert status == 0, errors
+            assert output.endswith(f"written as {folder}\n") and not errors
+            folders[format] = folder
+        return folders[format]
+
+    return call
+
+
+@pytest.mark.parametrize("format", ["gpt2", "gguf", "onnx"])
+def test_what_the_card_of_another_format_says_writes_the_same_text(format, run_dir, converted, publish, capfd):
+    folder = converted(publish, format)
+    card = ModelCard.load(folder / "README.md")
+    assert "trust_remote_code" not in card.text and "## Evaluation" in card.text
+    assert card.data.eval_results  # those of the run
+    assert (folder / "plots/loss.png").is_file()
+    capfd.readouterr()
+    set_seed(0)
+    exec(compile(code_blocks(card.text)[0], "card", "exec"), {})
+    text = capfd.readouterr().out.strip()
+    assert len(text) > len(PROMPT) + 5
+    if format == "onnx":
+        assert greedy(run_dir).startswith(text)
+    else:
+        assert text == piped(run_dir).strip()
+
+
+def test_the_stock_model_needs_no_code_and_computes_the_same(run_dir, converted, publish):
+    folder = converted(publish, "gpt2")
+    assert {path.name for path in folder.iterdir()} == WHOLE - CODE | {"plots"}
+    stock = AutoModelForCausalLM.from_pretrained(folder)
+    assert type(stock).__name__ == "GPT2LMHeadModel"
+    assert_same_logits(lambda ids: stock(ids).logits, run_dir)
+
+
+def test_the_gguf_file_holds_the_same_numbers_and_the_same_tokenizer(run_dir, converted, publish, tmp_path):
+    ours = AutoTokenizer.from_pretrained(run_dir)
+    text = "def apple(kettle):\n    return  'wörld'\n\n<|endoftext|> 12 日本"
+    for outtype, tolerance in (("f32", 1e-5), ("f16", 0.05), ("q8_0", 0.5)):
+        folder = converted(publish, "gguf")
+        if outtype != "f32":
+            folder = tmp_path / outtype
+            command = ("--model_name_or_path", run_dir, "--format", "gguf", "--output_dir", folder)
+            assert publish(*command, "--outtype", outtype)[0] == 0
+        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file="model.gguf", n_positions=32)
+        theirs = AutoTokenizer.from_pretrained(folder, gguf_file="model.gguf")
+        assert theirs(text).input_ids == ours(text).input_ids
+        assert_same_logits(lambda ids, model=model: model(ids).logits, run_dir, tolerance)
+    sizes = [(folder / "model.gguf").stat().st_size for folder in (converted(publish, "gguf"), tmp_path / "q8_0")]
+    assert sizes[1] < sizes[0]
+
+
+def test_llama_cpp_reads_the_gguf_file(run_dir, converted, publish):
+    llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is compiled for minutes: install it by hand")
+    path = converted(publish, "gguf") / "model.gguf"
+    llama = llama_cpp.Llama(str(path), n_ctx=32, logits_all=True, verbose=False)
+    text = "def apple(kettle):\n    return 'wörld'"
+    ids = AutoTokenizer.from_pretrained(run_dir)(text).input_ids
+    assert llama.tokenize(text.encode(), add_bos=False, special=True) == ids
+    llama.eval(ids)
+    logits = torch.tensor(llama.scores[: len(ids)])
+    model = AutoModelForCausalLM.from_pretrained(run_dir)
+    torch.testing.assert_close(logits, model(torch.tensor([ids])).logits[0], rtol=0, atol=0.02)  # its cache is f16
+    completion = llama.create_completion(PROMPT, max_tokens=10, temperature=0)["choices"][0]["text"]
+    assert greedy(run_dir).startswith(PROMPT + completion)
+    llama.close()
+
+
+def test_the_onnx_graph_reads_any_batch_with_padding_and_goes_on_from_its_cache(run_dir, converted, publish):
+    import numpy as np
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(converted(publish, "onnx") / "onnx/model.onnx")
+    model = AutoModelForCausalLM.from_pretrained(run_dir)
+    heads, width = model.config.n_head, model.config.n_embd // model.config.n_head
+    names = [each.name for each in session.get_inputs()]
+    assert names[:5] == [
+        "input_ids",
+        "attention_mask",
+        "position_ids",
+        "past_key_values.0.key",
+        "past_key_values.0.value",
+    ]
+    # transformers.js looks for this name where it makes an empty cache.
+    assert session.get_inputs()[3].shape == ["batch_size", heads, "past_sequence_length", width]
+
+    def forward(ids, mask, positions, past):
+        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+        inputs = {name: tensor.numpy() for name, tensor in inputs.items()}
+        logits, *present = session.run(None, inputs | dict(zip(names[3:], past, strict=True)))
+        return torch.from_numpy(logits), present
+
+    def nothing(batch_size):
+        return [np.zeros((batch_size, heads, 0, width), np.float32)] * len(names[3:])
+
+    generator = torch.Generator().manual_seed(0)
+    for batch_size, length in ((1, 1), (3, 7), (2, 32)):
+        ids = torch.randint(1, 320, (batch_size, length), generator=generator)
+        positions = torch.arange(length).repeat(batch_size, 1)
+        logits, _ = forward(ids, torch.ones_like(ids), positions, nothing(batch_size))
+        torch.testing.assert_close(logits, model(ids).logits, rtol=0, atol=2e-5)
+    ids = torch.randint(1, 320, (2, 12), generator=generator)
+    past, pieces, start = nothing(2), [], 0
+    for piece in ids.split([5, 1, 6], dim=1):
+        end = start + piece.shape[1]
+        positions = torch.arange(start, end).repeat(2, 1)
+        logits, past = forward(piece, torch.ones(2, end, dtype=torch.long), positions, past)
+        pieces.append(logits)
+        start = end
+    torch.testing.assert_close(torch.cat(pieces, dim=1), model(ids).logits, rtol=0, atol=2e-5)
+    mask = torch.tensor([[0] * 5 + [1] * 7, [1] * 12])
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    logits, _ = forward(ids, mask, positions, nothing(2))
+    alone = model(ids[:1, 5:]).logits
+    torch.testing.assert_close(logits[:1, 5:], alone, rtol=0, atol=2e-5)
+
+
+def assert_same_logits(forward, run_dir: Path, tolerance: float = 1e-5) -> None:
+    ids = torch.randint(1, 320, (2, 32), generator=torch.Generator().manual_seed(0))
+    expected = AutoModelForCausalLM.from_pretrained(run_dir)(ids).logits
+    assert expected.std() > 1  # not a comparison of zeros
+    torch.testing.assert_close(forward(ids), expected, rtol=0, atol=tolerance)
+
+
+def test_a_card_without_records_and_one_that_people_wrote_in(run_dir, tmp_path, use_hub, publish):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(run_dir), AutoTokenizer.from_pretrained(run_dir)
+    for name in ("bare", "edited"):
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    text = (run_dir / "README.md").read_text()
+    text = text.replace("## Limits", "## Thanks\n\nTo all.\n\n## Limits").replace("---\n", "---\nlanguage: en\n", 1)
+    (tmp_path / "edited/README.md").write_text(text)
+    with Hub(token=TOKEN) as hub:
+        use_hub(hub)
+        for name in ("bare", "edited"):
+            command = ("--model_name_or_path", tmp_path / name, "--push_to_hub", "--hub_model_id", f"us/{name}")
+            assert publish(*command)[0] == 0
+        bare = hub.files("us/bare", "model")["README.md"].decode()
+        edited = ModelCard(hub.files("us/edited", "model")["README.md"].decode())
+    assert "# bare" in bare
+    assert "## Thanks\n\nTo all." in edited.text and edited.data.language == "en"
+    assert 'model="us/edited"' in edited.text and edited.data.eval_results
+
+
+@pytest.mark.parametrize(
+    ("arguments", "messages"),
+    [
+        ((), ["--model_name_or_path is required: a run folder", "nothing to do: give --push_to_hub, or a --format"]),
+        (("--model_name_or_path", "RUN", "--format", "gguf"), ["--format gguf needs an --output_dir"]),
+        (
+            ("--model_name_or_path", "RUN", "--format", "gpt2", "--output_dir", "RUN", "--outtype", "f16"),
+            ["--output_dir RUN exists: choose another", "--outtype f16 is for --format gguf"],
+        ),
+        (
+            ("--model_name_or_path", "RUN/checkpoint-000060", "--push_to_hub", "--license", "My own"),
+            ["checkpoint-000060 has no tokenizer", "--license My own is not a name as the Hub has them"],
+        ),
+        (("--model_name_or_path", "EMPTY", "--push_to_hub"), ["EMPTY holds no finished model"]),
+        (
+            ("--model_name_or_path", "RUN", "--hub_model_id", "a/b"),
+            ["nothing to do", "--hub_model_id a/b is for --push_to_hub: give both"],
+        ),
+    ],
+)
+def test_bad_command_lines_are_told_at_once(arguments, messages, run_dir, tmp_path, refuse):
+    places = {"RUN": str(run_dir), "EMPTY": str(tmp_path)}
+
+    def put(text: str) -> str:
+        for name, place in places.items():
+            text = text.replace(name, place)
+        return text
+
+    lines = refuse(publish_model, *map(put, arguments))
+    assert len(lines) == len(messages), lines
+    for line, message in zip(lines, messages, strict=True):
+        assert put(message) in line
+
+
+def test_a_conversion_that_fails_leaves_nothing(run_dir, tmp_path, publish):
+    """A tokenizer that GGUF has no name for; weights that are damaged."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(run_dir), AutoTokenizer.from_pretrained(run_dir)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    description = json.loads((tmp_path / "model/tokenizer.json").read_text())
+    description["pre_tokenizer"] = {"type": "Whitespace"}
+    (tmp_path / "model/tokenizer.json").write_text(json.dumps(description))
+    command = ("--model_name_or_path", tmp_path / "model", "--format", "gguf", "--output_dir", tmp_path / "out")
+    status, _, errors = publish(*command)
+    assert status == 2 and "byte-level BPE tokenizers that split words as GPT-2's does" in errors
+    (tmp_path / "model/model.safetensors").write_bytes(b"damaged")
+    status, _, errors = publish(*command)
+    assert status == 2 and f"{tmp_path / 'model'} cannot be loaded" in errors and "Traceback" not in errors
+    assert {path.name for path in tmp_path.iterdir()} <= {"model", "home"}
