@@ -79,6 +79,7 @@ from pretraining.watchdog import Watchdog
 STEPS_TO_MEASURE = 5
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers")  # whose versions the model card tells
 FINAL = "Trained by gpt2scratch"  # the message of its commit
+UNPUBLISHED = "before it was published: the same command does that"
 SAVING_FAILED = -1  # among the notes of a step, where the others are numbers of signals
 
 
@@ -141,6 +142,7 @@ def start(args: TrainArguments, state: PartialState, signals: StopSignals, watch
             state.print(f"{output_dir} holds a finished run; to train again, delete it or choose another --output_dir")
             send_unsent(accelerator, output_dir, args.trackers(), args.max_steps, asdict(args))
             if repo_id and state.is_main_process:
+                signals.end_at_once(UNPUBLISHED)
                 print(f"published as {publish.push(output_dir, repo_id, args.hub_private_repo, FINAL)}")
         else:
             run = (args, accelerator, config, data, split, who, hellaswag, repo_id, folder.checkpoint)
@@ -290,6 +292,7 @@ def train(
     if not is_stopped:
         finish(args, accelerator, model, data, lambda: card(run.position(), training.samples))
         if repo_id and accelerator.is_main_process:
+            signals.end_at_once(UNPUBLISHED)
             if publisher:
                 publisher.wait()
             publish_final(args, repo_id)
@@ -610,6 +613,7 @@ def run_record(
         train_statistics=data.statistics,
         validation_statistics=data.validation.statistics,
         evaluation=next((line for line in reversed(lines) if "eval_loss" in line), None),
+        eval_tokens=args.eval_iters and args.eval_iters * tokens_per_step,
         hellaswag=next((line for line in reversed(lines) if "hellaswag_n" in line), None),
         hellaswag_source=Path(args.hellaswag_file).name if args.hellaswag_file else HUB_DATASET,
         compression=data.validation.compression_rates,

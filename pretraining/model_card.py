@@ -95,6 +95,7 @@ class RunRecord:
         train_statistics, validation_statistics: counts of documents, tokens and bytes; of a stream's training text
             nobody knows them.
         evaluation, hellaswag: the last ones, keys as in metrics.jsonl, None if there was none.
+        eval_tokens: how many of the validation text an evaluation is on, None for all.
         hellaswag_source: a dataset on the Hub, or the name of a file.
         compression: bits per byte that general-purpose compressors need for the validation text.
         prompt: for the example.
@@ -114,6 +115,7 @@ class RunRecord:
     train_statistics: dict | None
     validation_statistics: dict
     evaluation: dict[str, float] | None
+    eval_tokens: int | None
     hellaswag: dict[str, float] | None
     hellaswag_source: str
     compression: dict[str, float]
@@ -179,7 +181,7 @@ def model_card(record: RunRecord, config: PreTrainedConfig) -> ModelCard:
                 *((f"`{key}`", value) for key, value in settings.items() if value is not None),
             ],
         ),
-        *(["## What it writes", *(f"```text\n{sample}\n```" for sample in record.samples)] if record.samples else []),
+        *(["## What it writes", *map(_fenced, record.samples)] if record.samples else []),
         "## Limits",
         f"It reads {config.n_positions:,} tokens at most, and knows nothing but what its training text is like, whose "
         "errors and prejudices it repeats. It has not been tuned to follow instructions, and nothing that it writes "
@@ -380,8 +382,10 @@ def _evaluation(record: RunRecord) -> list[str]:
         ("**bits per byte**", f"**{evaluation['eval_bits_per_byte']:.3f}**"),
         *((f"bits per byte of `{name}`, for comparison", f"{rate:.3f}") for name, rate in record.compression.items()),
     ]
+    is_part = (record.eval_tokens or math.inf) < validation["tokens"]
+    part = f"the first {record.eval_tokens:,} tokens of " if is_part else ""
     sections = [
-        f"On {validation['bytes']:,} bytes of validation text ({validation['documents']:,} documents, not trained on)"
+        f"On {part}{validation['bytes']:,} bytes of text ({validation['documents']:,} documents) not trained on"
         + (":" if evaluation["step"] == record.step else f", after step {evaluation['step']:,}:"),
         table(("", "value"), rows),
         "![Training and validation loss](plots/loss.png)",
@@ -403,6 +407,12 @@ def _evaluation(record: RunRecord) -> list[str]:
         table(("", "accuracy"), rows),
         "![Accuracy on HellaSwag](plots/hellaswag.png)",
     ]
+
+
+def _fenced(text: str) -> str:
+    """As a block of code, whatever is in it."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}text\n{text}\n{fence}"
 
 
 def _data_rows(record: RunRecord) -> list[tuple[str, str]]:

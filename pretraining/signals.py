@@ -17,12 +17,12 @@ PR_SET_PDEATHSIG = 1  # of Linux, see prctl(2)
 class StopSignals:
     """
     Within this context a signal of SIGNALS ends the process at once, as there is nothing to save, until `defer` is
-    called: from then on it is noted, and does nothing else.
+    called: from then on it is noted, and does nothing else, until `end_at_once`.
     """
 
     def __init__(self):
         self._received = 0
-        self._is_deferred = False
+        self._ends: str | None = "before the first step"
 
     def __enter__(self) -> "StopSignals":
         self._before = {number: signal.signal(number, self._receive) for number in SIGNALS}
@@ -33,7 +33,13 @@ class StopSignals:
             signal.signal(number, handler)
 
     def defer(self) -> None:
-        self._is_deferred = True
+        self._ends = None
+
+    def end_at_once(self, where: str) -> None:
+        """As there is nothing to save any more; a signal that was noted does it now."""
+        self._ends = where
+        if self._received:
+            self._receive(self._received, None)
 
     def received(self) -> int:
         """The signal's number, 0 if there was none."""
@@ -41,8 +47,8 @@ class StopSignals:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self._received = number
-        if not self._is_deferred:
-            print(f"stopped by {signal.Signals(number).name} before the first step", file=sys.stderr, flush=True)
+        if self._ends is not None:
+            print(f"stopped by {signal.Signals(number).name} {self._ends}", file=sys.stderr, flush=True)
             os._exit(STOPPED)
 
 

@@ -1,5 +1,6 @@
 """What is trained here goes to the Hub whole, and only what belongs there; and it is at home there."""
 
+import ast
 import json
 import math
 import os
@@ -7,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub
@@ -22,7 +24,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline, set_seed
 
 import publish_model
 import train_accelerate
+from modeling_gpt2scratch import GPT2ScratchConfig
 from pretraining.arguments import run_script
+from pretraining.model_card import RunRecord, model_card
 
 CODE = {"modeling_gpt2scratch.py", "configuration_gpt2scratch.py", "packing.py", "linear_cross_entropy.py"}
 TOKENIZER = {"tokenizer.json", "tokenizer_config.json"}
@@ -290,6 +294,57 @@ def test_the_card_tells_the_run_from_its_records(run_dir):
     elapsed = lines[-1]["elapsed_seconds"]
     seconds = float(re.search(r"\| time \| ([\d.]+) seconds", card.text)[1])
     assert seconds == pytest.approx(elapsed, abs=2)
+
+
+def test_the_card_of_a_model_of_hub_data_trained_further_on_a_stream():
+    """No local path; the data and the model that it began with as metadata; a part of the evaluation text named."""
+    record = RunRecord(
+        name="us/model",
+        parameters=10,
+        step=50,
+        max_steps=100,
+        tokens=5000,
+        hours=30.0,
+        hardware="8 x NVIDIA H100 80GB HBM3",
+        mixed_precision="bf16",
+        license="odc-by",
+        settings={"model_name_or_path": "openai-community/gpt2", "learning_rate": 6e-4},
+        sources=[
+            {"name": "HuggingFaceFW/fineweb-edu", "config": "sample-10BT", "revision": "abc", "share": 0.75},
+            {"name": "mine.jsonl", "revision": "def", "share": 0.25},
+        ],
+        train_statistics=None,
+        validation_statistics={"documents": 3, "tokens": 900, "bytes": 4000},
+        evaluation={"step": 40, "eval_loss": 3.5, "eval_perplexity": math.exp(3.5), "eval_bits_per_byte": 1.1},
+        eval_tokens=600,
+        hellaswag={"step": 50, "hellaswag_acc": 0.29, "hellaswag_acc_norm": 0.31, "hellaswag_n": 10042},
+        hellaswag_source="Rowan/hellaswag",
+        compression={},
+        prompt='He said "',
+        samples=["```\ncode\n```"],
+        versions={"torch": "2.13.0"},
+    )
+    card = ModelCard(str(model_card(record, GPT2ScratchConfig())))
+    assert card.data.datasets == ["HuggingFaceFW/fineweb-edu"] and card.data.base_model == "openai-community/gpt2"
+    by_type = {entry.metric_type: entry for entry in card.data.eval_results}
+    assert by_type["acc_norm"].dataset_type == "Rowan/hellaswag" and by_type["acc_norm"].dataset_split == "validation"
+    assert by_type["acc_norm"].metric_args["stderr"] == pytest.approx(0.0046)  # as the harness has it for 10,042
+    for expected in (
+        "So far 50 of 100 steps.",
+        "trained further from `openai-community/gpt2`",
+        "75.0% of the rows: HuggingFaceFW/fineweb-edu, sample-10BT, revision abc",
+        "25.0% of the rows: mine.jsonl, revision def",
+        "| tokens seen | 5,000 |",
+        "On the first 600 tokens of 4,000 bytes of text (3 documents) not trained on, after step 40:",
+        "On 10,042 items of HellaSwag (Rowan/hellaswag, ",
+        "0.3100 ± 0.0046",
+        "30.0 hours",
+        "````text\n```\ncode\n```\n````",
+    ):
+        assert expected in card.text, expected
+    assert ast.parse(code_blocks(card.text)[0])
+    local = replace(record, settings={"model_name_or_path": str(REPOSITORY)})
+    assert str(REPOSITORY.parent) not in str(model_card(local, GPT2ScratchConfig()))
 
 
 @pytest.fixture(scope="module")
