@@ -39,6 +39,9 @@ def write_onnx(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     | `logits`                                           | (batch, tokens, vocabulary)          |
     | `present.N.key`, `present.N.value`                 | (batch, heads, past + tokens, width) |
     """
+    import onnx_ir
+    from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+
     stock = to_stock(model)
     config = stock.config
     heads, width, layers = config.n_head, config.n_embd // config.n_head, range(config.n_layer)
@@ -68,13 +71,9 @@ def write_onnx(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
             output_names=["logits", *(f"present.{layer}.{part}" for layer in layers for part in parts)],
             verbose=False,
         )
-    weights = sum(parameter.nbytes for parameter in stock.parameters())
-    if weights < ONNX_LIMIT:
-        program.save(onnx_file)
-    else:
-        import onnx_ir
-
-        onnx_ir.save(program.model, onnx_file, external_data="model.onnx_data")
+    ClearMetadataAndDocStringPass()(program.model)  # where in this machine's files each operation comes from
+    is_large = sum(parameter.nbytes for parameter in stock.parameters()) > ONNX_LIMIT
+    onnx_ir.save(program.model, onnx_file, external_data="model.onnx_data" if is_large else None)
     config.save_pretrained(folder)
     stock.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -372,6 +372,8 @@ def test_what_the_card_of_another_format_says_writes_the_same_text(format, run_d
     assert "trust_remote_code" not in card.text and "## Evaluation" in card.text
     assert card.data.eval_results  # those of the run
     assert (folder / "plots/loss.png").is_file()
+    files = {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != "README.md"}
+    assert_nothing_private(files, REPOSITORY, run_dir, folder)
     capfd.readouterr()
     set_seed(0)
     exec(compile(code_blocks(card.text)[0], "card", "exec"), {})
