@@ -17,7 +17,7 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 IMPORTS = """train_accelerate prepare_data pretraining.streamed_data torch._dynamo torch.utils.tensorboard pandas
-    evaluate matplotlib.pyplot matplotlib.backends.backend_agg""".split()
+    evaluate matplotlib.pyplot matplotlib.backends.backend_agg freeze""".split()
 TIMEOUT = 300
 
 
