@@ -32,10 +32,8 @@ def run(*command: object, cwd: Path = REPOSITORY, **environment: str) -> subproc
     )
 
 
-def script(name: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess:
-    """Run one of the repository's scripts to its end in a process of its own."""
-    if any(variable.startswith("HF_") for variable in environment):  # read when libraries are imported
-        return run(sys.executable, REPOSITORY / name, *arguments, **environment)
+def script(name: str | Path, *arguments: object, **environment: str) -> subprocess.CompletedProcess:
+    """Run one of the repository's scripts, or the one at a path, to its end in a process of its own."""
     return processes.start(name, *arguments, **environment).wait()
 
 

@@ -12,6 +12,7 @@ import re
 import socket
 import struct
 import sys
+import tempfile
 import threading
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -24,6 +25,14 @@ from urllib.parse import parse_qs, unquote, urlsplit
 LARGE = 1 << 20  # bytes; larger files go to LFS, and so do those with these endings
 LARGE_ENDINGS = (".arrow", ".parquet", ".safetensors")
 USER = "tester"
+
+# Clients read the address and their home when they are imported. With one address for all Hubs, and a home that is a
+# link, they can be forked from one that has imported them. A socket that does not listen keeps the port for us.
+PORT = socket.socket()
+PORT.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+PORT.bind(("127.0.0.1", 0))
+FOLDER = tempfile.TemporaryDirectory()
+HOME = Path(FOLDER.name) / "home"
 
 
 class Refusal(Exception):
@@ -113,7 +122,7 @@ class Repository:
 
 
 class Hub:
-    """`with Hub() as hub:` serves until the block ends. With a token, only its bearer may write."""
+    """`with Hub() as hub:` serves until the block ends, one at a time. With a token, only its bearer may write."""
 
     def __init__(self, token: str | None = None):
         self.token = token
@@ -124,7 +133,7 @@ class Hub:
         self.lock = threading.Lock()
         self._failures: list[list] = []  # times left, status, part of the path
         self._drops: list[list] = []  # times left, bytes that go through, whether by a reset
-        self._server = Server(("127.0.0.1", 0), Handler)
+        self._server = Server(PORT.getsockname(), Handler)
         self._server.hub = self
         self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
 
@@ -137,8 +146,11 @@ class Hub:
         self._server.server_close()
 
     def environment(self, home: Path) -> dict[str, str]:
-        """The variables of a client process that knows this Hub alone, and caches in `home`."""
-        caches = {"HF_HOME": home, "HF_HUB_CACHE": home / "hub", "HF_DATASETS_CACHE": home / "datasets"}
+        """The variables of a client process that knows this Hub alone, and caches in `home`, until the next call."""
+        home.mkdir(parents=True, exist_ok=True)
+        HOME.unlink(missing_ok=True)
+        HOME.symlink_to(home)
+        caches = {"HF_HOME": HOME, "HF_HUB_CACHE": HOME / "hub", "HF_DATASETS_CACHE": HOME / "datasets"}
         return {
             "HF_ENDPOINT": self.endpoint,
             "HF_TOKEN": self.token or "any",
