@@ -80,7 +80,12 @@ def start(
 
 
 def start_ranks(
-    num_processes: int, name: str, *arguments: object, faults: dict[int, Callable] | None = None, **environment: str
+    num_processes: int,
+    name: str | Path,
+    *arguments: object,
+    faults: dict[int, Callable] | None = None,
+    cwd: Path = REPOSITORY,
+    **environment: str,
 ) -> list[Running]:
     """As many processes that find each other, as a launcher would start them."""
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "ACCELERATE_USE_CPU": "true"}
@@ -90,6 +95,7 @@ def start_ranks(
             name,
             *arguments,
             fault=(faults or {}).get(rank),
+            cwd=cwd,
             **({"RANK": str(rank), "LOCAL_RANK": str(rank), **place, **sizes} if num_processes > 1 else {}),
             **environment,
         )
@@ -97,7 +103,9 @@ def start_ranks(
     ]
 
 
-def run_ranks(num_processes: int, name: str, *arguments: object, **options) -> list[subprocess.CompletedProcess]:
+def run_ranks(
+    num_processes: int, name: str | Path, *arguments: object, **options
+) -> list[subprocess.CompletedProcess]:
     """`start_ranks`, to their end."""
     return [running.wait() for running in start_ranks(num_processes, name, *arguments, **options)]
 
