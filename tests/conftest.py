@@ -14,6 +14,7 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may need the network
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"  # the other core is another worker's
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # and a pool of processes would only cost its start
 
 import processes
 from processes import REPOSITORY
@@ -32,10 +33,8 @@ def run(*command: object, cwd: Path = REPOSITORY, **environment: str) -> subproc
     )
 
 
-def script(name: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess:
-    """Run one of the repository's scripts to its end in a process of its own."""
-    if any(variable.startswith("HF_") for variable in environment):  # read when libraries are imported
-        return run(sys.executable, REPOSITORY / name, *arguments, **environment)
+def script(name: str | Path, *arguments: object, **environment: str) -> subprocess.CompletedProcess:
+    """Run one of the repository's scripts, or the one at a path, to its end in a process of its own."""
     return processes.start(name, *arguments, **environment).wait()
 
 
@@ -55,14 +54,6 @@ def refuse(monkeypatch, capfd) -> Callable[..., list[str]]:
         return capfd.readouterr().err.splitlines()
 
     return call
-
-
-def launch(num_processes: int, name: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess:
-    """Run a script through `accelerate launch` on the CPU, in fp32, so that results can be compared."""
-    accelerate = Path(sys.executable).with_name("accelerate")
-    config = REPOSITORY / "configs" / "cpu.yaml"
-    flags = ("--config_file", config, "--num_processes", num_processes, "--mixed_precision", "no")
-    return run(accelerate, "launch", *flags, REPOSITORY / name, *arguments, OMP_NUM_THREADS="1", **environment)
 
 
 def succeed(result: subprocess.CompletedProcess) -> subprocess.CompletedProcess:

@@ -12,6 +12,7 @@ import re
 import socket
 import struct
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -25,6 +26,14 @@ from urllib.parse import parse_qs, unquote, urlsplit
 LARGE = 1 << 20  # bytes; larger files go to LFS, and so do those with these endings
 LARGE_ENDINGS = (".arrow", ".parquet", ".safetensors")
 USER = "tester"
+
+# Clients read the address and their home when they are imported. With one address for all Hubs, and a home that is a
+# link, they can be forked from one that has imported them. A socket that does not listen keeps the port for us.
+PORT = socket.socket()
+PORT.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+PORT.bind(("127.0.0.1", 0))
+FOLDER = tempfile.TemporaryDirectory()
+HOME = Path(FOLDER.name) / "home"
 
 
 class Refusal(Exception):
@@ -114,7 +123,7 @@ class Repository:
 
 
 class Hub:
-    """`with Hub() as hub:` serves until the block ends. With a token, only its bearer may write."""
+    """`with Hub() as hub:` serves until the block ends, one at a time. With a token, only its bearer may write."""
 
     def __init__(self, token: str | None = None):
         self.token = token
@@ -127,7 +136,7 @@ class Hub:
         self._drops: list[list] = []  # times left, bytes that go through, whether by a reset
         self._held: str | None = None  # part of the paths that are not answered
         self._released = threading.Condition()
-        self._server = Server(("127.0.0.1", 0), Handler)
+        self._server = Server(PORT.getsockname(), Handler)
         self._server.hub = self
         self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
 
@@ -140,8 +149,11 @@ class Hub:
         self._server.server_close()
 
     def environment(self, home: Path) -> dict[str, str]:
-        """The variables of a client process that knows this Hub alone, and caches in `home`."""
-        caches = {"HF_HOME": home, "HF_HUB_CACHE": home / "hub", "HF_DATASETS_CACHE": home / "datasets"}
+        """The variables of a client process that knows this Hub alone, and caches in `home`, until the next call."""
+        home.mkdir(parents=True, exist_ok=True)
+        HOME.unlink(missing_ok=True)
+        HOME.symlink_to(home)
+        caches = {"HF_HOME": HOME, "HF_HUB_CACHE": HOME / "hub", "HF_DATASETS_CACHE": HOME / "datasets"}
         return {
             "HF_ENDPOINT": self.endpoint,
             "HF_TOKEN": self.token or "any",
@@ -224,6 +236,17 @@ class Server(ThreadingHTTPServer):
     request_queue_size = 128
     hub: Hub
 
+    def __init__(self, *arguments):
+        self.connections: set[socket.socket] = set()
+        super().__init__(*arguments)
+
+    def server_close(self) -> None:
+        """And end what clients keep open, who would go on talking to this Hub where the next one is at its address."""
+        super().server_close()
+        for connection in list(self.connections):
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
     def handle_error(self, request, client_address) -> None:
         """A client may go at any time; anything else is a mistake in this file, and is told."""
         if not isinstance(sys.exception(), ConnectionError):
@@ -263,6 +286,14 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
     server: Server
+
+    def setup(self) -> None:
+        super().setup()
+        self.server.connections.add(self.connection)
+
+    def finish(self) -> None:
+        self.server.connections.discard(self.connection)
+        super().finish()
 
     def log_message(self, *_) -> None:
         pass  # `Hub.requests` is the log

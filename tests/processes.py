@@ -1,10 +1,14 @@
 """
 The scripts in processes of their own, forked from one that has imported what they import: a process then starts in a
 tenth of a second instead of five. All else is as from the command line.
+
+Hugging Face's libraries read variables (HF_HOME and the like) when they are imported: for each set of values there is
+such a process.
 """
 
 import dataclasses
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import runpy
 import socket
@@ -14,11 +18,14 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-IMPORTS = """train_accelerate prepare_data pretraining.streamed_data torch._dynamo torch.utils.tensorboard pandas
-    evaluate matplotlib.pyplot matplotlib.backends.backend_agg""".split()
+IMPORTS = """train_accelerate prepare_data publish_model pretraining.streamed_data torch._dynamo
+    torch.utils.tensorboard pandas
+    evaluate matplotlib.pyplot matplotlib.backends.backend_agg freeze""".split()
 TIMEOUT = 300
+SERVERS: dict[frozenset, multiprocessing.forkserver.ForkServer] = {}
 
 
 @dataclasses.dataclass
@@ -50,26 +57,36 @@ class Running:
 
 
 def start(
-    name: str, *arguments: object, fault: Callable[[], None] | None = None, cwd: Path = REPOSITORY, **environment: str
+    name: str | Path,
+    *arguments: object,
+    fault: Callable[[], None] | None = None,
+    cwd: Path = REPOSITORY,
+    **environment: str,
 ) -> Running:
     """
-    Start one of the repository's scripts, on the CPU with one thread.
+    Start one of the repository's scripts, or the one at a path, on the CPU with one thread.
 
     Args:
         fault: called in the process before the script, to have something go wrong there. Picklable.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(IMPORTS)
     folder = tempfile.TemporaryDirectory()
+    for stream in ("stdout", "stderr"):
+        (Path(folder.name) / stream).touch()
     variables = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **environment}
     words = [str(REPOSITORY / name), *map(str, arguments)]
     process = context.Process(target=_run_script, args=(words, variables, cwd, folder.name, fault))
-    _start_server(process)
+    _start_from_server(process, variables)
     return Running(process, folder)
 
 
 def start_ranks(
-    num_processes: int, name: str, *arguments: object, faults: dict[int, Callable] | None = None, **environment: str
+    num_processes: int,
+    name: str | Path,
+    *arguments: object,
+    faults: dict[int, Callable] | None = None,
+    cwd: Path = REPOSITORY,
+    **environment: str,
 ) -> list[Running]:
     """As many processes that find each other, as a launcher would start them."""
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "ACCELERATE_USE_CPU": "true"}
@@ -79,6 +96,7 @@ def start_ranks(
             name,
             *arguments,
             fault=(faults or {}).get(rank),
+            cwd=cwd,
             **({"RANK": str(rank), "LOCAL_RANK": str(rank), **place, **sizes} if num_processes > 1 else {}),
             **environment,
         )
@@ -86,7 +104,9 @@ def start_ranks(
     ]
 
 
-def run_ranks(num_processes: int, name: str, *arguments: object, **options) -> list[subprocess.CompletedProcess]:
+def run_ranks(
+    num_processes: int, name: str | Path, *arguments: object, **options
+) -> list[subprocess.CompletedProcess]:
     """`start_ranks`, to their end."""
     return [running.wait() for running in start_ranks(num_processes, name, *arguments, **options)]
 
@@ -104,26 +124,22 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def _start_server(process: multiprocessing.Process) -> None:
-    """The first process starts the server, which takes these variables and this path from us for its imports."""
-    variables = {"PYTHONPATH": ":".join(sys.path), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
+def _start_from_server(process: multiprocessing.Process, variables: dict[str, str]) -> None:
+    """The first process of its kind starts the server, which takes variables and this path from us for its imports."""
+    imported = {name: value for name, value in variables.items() if name.startswith("HF_") and name != "HF_TOKEN"}
+    server = SERVERS.setdefault(frozenset(imported.items()), multiprocessing.forkserver.ForkServer())
+    server.set_forkserver_preload(IMPORTS)
+    imported |= {"PYTHONPATH": ":".join(sys.path), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    connect = mock.patch.object(multiprocessing.forkserver, "connect_to_new_process", server.connect_to_new_process)
+    with mock.patch.dict(os.environ, imported), connect:
         process.start()
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 def _run_script(
     words: list[str], variables: dict[str, str], cwd: Path, folder: str, fault: Callable[[], None] | None
 ) -> None:
     for descriptor, stream in ((1, "stdout"), (2, "stderr")):
-        os.dup2(os.open(os.path.join(folder, stream), os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
+        os.dup2(os.open(os.path.join(folder, stream), os.O_WRONLY | os.O_APPEND), descriptor)
     sys.stdout.reconfigure(line_buffering=True)  # what a process has said is not lost when it is killed
     os.environ.clear()
     os.environ.update(variables)

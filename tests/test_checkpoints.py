@@ -53,14 +53,14 @@ def kill_at_file_event(number: int, folder: str) -> None:
     sys.addaudithook(hook)
 
 
-@pytest.mark.parametrize(("num_processes", "stride"), [(1, 1), (2, 11)])
+@pytest.mark.parametrize(("num_processes", "stride", "max_steps"), [(1, 1, 84), (2, 11, 24)])
 def test_killed_at_any_moment_of_saving_the_next_start_takes_the_last_whole_checkpoint(
-    num_processes, stride, data_dir, tmp_path
+    num_processes, stride, max_steps, data_dir, tmp_path
 ):
     """One run, killed in its first save after each start, each time some calls later, until that save is through."""
     output_dir, number, litter, skipped = tmp_path / "run", 1, [], 0
     last = None  # the last whole checkpoint
-    more = ("--max_steps", 120, "--save_steps", 3, "--save_total_limit", 1, "--eval_steps", 5)
+    more = ("--max_steps", max_steps, "--save_steps", 3, "--save_total_limit", 1, "--eval_steps", 5)
     arguments = flags(data_dir, output_dir, *more, "--per_device_train_batch_size", 1)
     for number in range(1, 100, stride):
         fault = functools.partial(kill_at_file_event, number, str(output_dir))

@@ -3,14 +3,13 @@
 import io
 import json
 import os
-import subprocess
-import sys
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import REPOSITORY, TINY, make_documents, metrics, run, script, succeed
+from conftest import TINY, make_documents, metrics, script, succeed
 from hub_server import Hub
+from processes import start, wait_until
 
 from pretraining.tokenizer import train_tokenizer
 
@@ -71,9 +70,10 @@ def test_a_published_data_folder_trains_by_name_as_it_does_from_its_folder(data_
         environment = hub.environment(tmp_path / "another")
         flags = ("--dataset_name", "us/packed", "--output_dir", tmp_path / "by-name", *FLAGS)
         succeed(script("train_accelerate.py", *flags, **environment))
-        rows = "from datasets import load_dataset; print(len(load_dataset('us/packed', split='train')))"
+        program = tmp_path / "program.py"
+        program.write_text("from datasets import load_dataset; print(len(load_dataset('us/packed', split='train')))")
         info = json.loads(published["dataset.json"])
-        assert succeed(run(sys.executable, "-c", rows, **environment)).stdout == f"{info['splits']['train']['rows']}\n"
+        assert succeed(script(program, **environment)).stdout == f"{info['splits']['train']['rows']}\n"
     flags = ("--data_dir", data_dir, "--output_dir", tmp_path / "by-folder", *FLAGS)
     succeed(script("train_accelerate.py", *flags))
     losses = [
@@ -129,7 +129,6 @@ READ = """
 import json, sys, time
 waits = []
 time.sleep = waits.append  # those of huggingface_hub and datasets are minutes
-sys.path.insert(0, sys.argv[1])
 from pretraining import corpus
 corpus.ROWS_PER_READ = 8
 texts = []
@@ -140,7 +139,7 @@ try:
         texts.append(text)
         if len(texts) == 10:
             print("has begun", flush=True)
-            sys.stdin.readline()
+            open(sys.argv[1]).read()  # until somebody has written there
     again = len(list(read))  # from its beginning, whatever has happened
 except ValueError as error:
     print(error, file=sys.stderr)
@@ -157,17 +156,22 @@ def test_a_hub_that_is_away_for_longer_than_its_clients_wait_costs_no_document(f
             files[f"data/train-{index}.jsonl"] = "".join(lines).encode()
             del files[f"data/train-0000{index}.parquet"]
     found = {}
+    program, go_on = tmp_path / "program.py", tmp_path / "go-on"
+    program.write_text(READ)
+    os.mkfifo(go_on)
     with Hub() as hub:
         hub.add("us/text", files)
         for failures in (0, 15, 1000):
-            environment = {**os.environ, **hub.environment(tmp_path / str(failures))}
-            command = [sys.executable, "-c", READ, str(REPOSITORY)]
-            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-            process = subprocess.Popen(command, env=environment, text=True, **pipes)
-            assert process.stdout.readline() == "has begun\n"
-            hub.fail(failures, 503, matching=f".{form}")
-            output, errors = process.communicate("\n", timeout=60)
-            found[failures] = json.loads(output), errors
+            running = start(program, go_on, **hub.environment(tmp_path / str(failures)))
+            try:
+                wait_until(lambda running=running: running.output("stdout") or running.process.exitcode is not None)
+                assert running.output("stdout") == "has begun\n"
+                hub.fail(failures, 503, matching=f".{form}")
+                go_on.write_text("")
+                result = running.wait(60)
+            finally:
+                running.process.kill()
+            found[failures] = json.loads(result.stdout.splitlines()[1]), result.stderr
     assert found[0] == ({"texts": DOCUMENTS, "again": 300, "waits": []}, "")
     assert found[15][0]["texts"] == DOCUMENTS and found[15][0]["again"] == 300
     assert len(found[15][0]["waits"]) > 12 and "trying again in 2 s" in found[15][1]

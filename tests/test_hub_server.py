@@ -6,13 +6,12 @@ import io
 import json
 import os
 import random
-import sys
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import run, succeed
+from conftest import script, succeed
 from hub_server import Hub
 
 UPLOAD = """
@@ -39,7 +38,9 @@ print(json.dumps({"rows": rows, "waits": waits}))
 
 
 def client(hub: Hub, home, code: str, *arguments: object, **environment: str):
-    return run(sys.executable, "-c", code, *arguments, **{**hub.environment(home), **environment})
+    program = home.with_name(f"{home.name}.py")
+    program.write_text(code)
+    return script(program, *arguments, **{**hub.environment(home), **environment})
 
 
 def stream(hub: Hub, home, revision: str = "main") -> dict:
@@ -96,7 +97,7 @@ def test_without_the_token_nothing_is_written(tmp_path, token):
     (tmp_path / "data" / "a.txt").write_text("new")
     with Hub(token="secret") as hub:
         hub.add("us/data", {"a.txt": b"old"})
-        environment = {"HF_TOKEN": token} if token else {"HF_HUB_DISABLE_IMPLICIT_TOKEN": "1"}
+        environment = {"HF_TOKEN": token} if token else {"HF_TOKEN": ""}
         result = client(hub, tmp_path, UPLOAD, tmp_path / "data", **environment)
         assert result.returncode and "401" in result.stderr
         assert hub.files("us/data") == {"a.txt": b"old"} and len(hub.commits("us/data")) == 1

@@ -6,19 +6,18 @@ import math
 import os
 import re
 import signal
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub
+import processes
 import pytest
 import torch
-from conftest import REPOSITORY, TINY, metrics, run, succeed, train
+from conftest import REPOSITORY, TINY, metrics, run, script, succeed, train
 from hellaswag_items import generated_records, write_items
 from hub_server import Hub
 from huggingface_hub import ModelCard
-from processes import wait_until
 from safetensors.torch import load
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline, set_seed
 
@@ -27,6 +26,7 @@ import train_accelerate
 from modeling_gpt2scratch import GPT2ScratchConfig
 from pretraining.arguments import run_script
 from pretraining.model_card import RunRecord, model_card
+from pretraining.signals import STOPPED
 
 CODE = {"modeling_gpt2scratch.py", "configuration_gpt2scratch.py", "packing.py", "linear_cross_entropy.py"}
 TOKENIZER = {"tokenizer.json", "tokenizer_config.json"}
@@ -141,19 +141,17 @@ def test_checkpoints_are_published_while_training_goes_on(data_dir, items_file, 
     arguments += ("--max_steps", 30, "--save_steps", 5, "--save_total_limit", 1, "--eval_steps", 10)
     arguments += ("--logging_steps", 1, "--learning_rate", 3e-3, "--sample_prompts", PROMPT, "--license", "cc-by-4.0")
     arguments += ("--push_to_hub", "--hub_model_id", "model", "--hub_strategy", "checkpoint", "--hub_private_repo")
-    command = [sys.executable, REPOSITORY / "train_accelerate.py", *arguments]
     with Hub(token=TOKEN) as hub:
-        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", **hub.environment(tmp_path / "me")}
         with hub.hold("/storage/"):  # the first checkpoint is on its way for as long as the test wants
-            process = subprocess.Popen(
-                list(map(str, command)), env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-            )
+            running = processes.start("train_accelerate.py", *arguments, **hub.environment(tmp_path / "me"))
             log = tmp_path / "run/metrics.jsonl"
-            wait_until(lambda: log.is_file() and any(line.get("step", 0) >= 20 for line in metrics(log.parent)), 120)
+            processes.wait_until(
+                lambda: log.is_file() and any(line.get("step", 0) >= 20 for line in metrics(log.parent)), 120
+            )
             assert titles(hub, "tester/model") == ["initial commit"]
             assert not (tmp_path / "run/checkpoint-000005").exists()  # rotated away, and yet it arrives
-        output, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors
+        result = succeed(running.wait())
+        output, errors = result.stdout, result.stderr
         assert "published as tester/model, revision " in output and "step 5 is published as tester/model" in output
         assert "warning" not in output + errors
         assert hub.repositories["model", "tester/model"].private
@@ -240,20 +238,35 @@ def test_a_finished_run_is_published_by_a_command(run_dir, data_dir, use_hub, pu
         assert f'model="{run_dir}"' in (run_dir / "README.md").read_text()  # which stays as it is
 
 
-def test_a_push_that_was_killed_goes_on_where_it_was(run_dir, tmp_path, use_hub, publish):
-    command = ("--model_name_or_path", run_dir, "--push_to_hub", "--hub_model_id", "us/model")
+def test_a_push_that_was_killed_goes_on_where_it_was(run_dir, tmp_path):
+    command = ("publish_model.py", "--model_name_or_path", run_dir, "--push_to_hub", "--hub_model_id", "us/model")
     with Hub(token=TOKEN) as hub:
-        environment = {**os.environ, **hub.environment(tmp_path / "me")}
+        environment = hub.environment(tmp_path / "me")
         with hub.hold("/commit/"):
-            words = [sys.executable, REPOSITORY / "publish_model.py", *command]
-            process = subprocess.Popen(list(map(str, words)), env=environment, stderr=subprocess.DEVNULL)
-            wait_until(lambda: weights_sent(hub) == 1, 60)
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-        use_hub(hub)
-        assert publish(*command)[0] == 0
+            running = processes.start(*command, **environment)
+            processes.wait_until(lambda: weights_sent(hub) == 1)
+            os.kill(running.pid, signal.SIGKILL)
+            running.wait()
+        assert titles(hub, "us/model") == ["initial commit"]
+        assert "published as us/model, revision " in succeed(script(*command, **environment)).stdout
         assert weights_sent(hub) == 1
         assert hub.files("us/model", "model")["model.safetensors"] == (run_dir / "model.safetensors").read_bytes()
+
+
+def test_a_run_that_is_stopped_while_it_publishes_does_not_wait(data_dir, tmp_path):
+    flags = ("--data_dir", data_dir, "--output_dir", tmp_path / "run", "--config_overrides", TINY, "--max_steps", 2)
+    command = ("train_accelerate.py", *flags, "--push_to_hub", "--hub_model_id", "us/model")
+    with Hub(token=TOKEN) as hub:
+        environment = hub.environment(tmp_path / "me")
+        with hub.hold("/storage/"):
+            running = processes.start(*command, **environment)
+            processes.wait_until(lambda: hub.awaited != set())
+            os.kill(running.pid, signal.SIGTERM)
+            stopped = running.wait(timeout=20)
+        assert stopped.returncode == STOPPED
+        assert "stopped by SIGTERM before it was published: the same command does that" in stopped.stderr
+        assert "published as us/model, revision " in succeed(script(*command, **environment)).stdout
+        assert titles(hub, "us/model") == ["initial commit", "Trained by gpt2scratch"]
 
 
 def test_the_card_tells_the_run_from_its_records(run_dir):

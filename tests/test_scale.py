@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -15,9 +14,9 @@ import torch
 import yaml
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
-from conftest import REPOSITORY, TINY, launch, metrics, run, script, succeed
+from conftest import REPOSITORY, TINY, metrics, run, script, succeed
 from hellaswag_items import generated_records, write_items
-from processes import run_ranks
+from processes import free_port, run_ranks, start
 from safetensors.torch import load_file
 from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM
@@ -124,13 +123,17 @@ def test_hellaswag_in_the_loop_is_what_its_script_says_of_the_model(flags, refer
     assert (reference / "plots/hellaswag.png").read_bytes().startswith(b"\x89PNG")
 
 
+def log_output_code() -> None:
+    """As by TORCH_LOGS, which is read when torch is imported."""
+    torch._logging.set_logs(output_code=True)
+
+
 def test_two_processes_with_a_compiled_model_and_checkpointed_activations(flags, reference, tmp_path):
     arguments = (*flags, "--per_device_train_batch_size", 4, "--torch_compile", "--gradient_checkpointing")
-    result = succeed(
-        launch(2, "train_accelerate.py", *arguments, "--output_dir", tmp_path / "run", TORCH_LOGS="output_code")
-    )
-    assert "output_code" in result.stderr  # it was compiled
-    assert_same_training(tmp_path / "run", reference, result)
+    arguments += ("--output_dir", tmp_path / "run")
+    results = run_ranks(2, "train_accelerate.py", *arguments, faults={0: log_output_code, 1: log_output_code})
+    assert all("Output code" in succeed(result).stderr for result in results)  # it was compiled
+    assert_same_training(tmp_path / "run", reference, results[0])
 
 
 def test_shards_on_two_processes_and_then_on_four(flags, reference, tmp_path):
@@ -182,33 +185,29 @@ def launch_node(flags, tmp_path_factory):
     return call
 
 
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
-def test_two_machines_of_which_one_writes(launch_node, reference, tmp_path):
+def test_two_machines_of_which_one_writes(launch_node, flags, reference, tmp_path):
     """Each has a folder of its own, as without a shared file system. The second try continues the first."""
     folders = tmp_path / "node-0", tmp_path / "node-1"
-
-    def launch_both() -> subprocess.CompletedProcess:
-        port = free_port()
-        with ThreadPoolExecutor(2) as nodes:
-            results = list(nodes.map(launch_node, (0, 1), (port, port), folders))
-        assert all("training:" in succeed(result).stderr for result in results)  # a bar for each machine
-        return results[0]
-
     for folder in folders:
         folder.mkdir()
-    result = launch_both()
-    assert "2 processes" in result.stdout
-    assert_same_training(folders[0] / "run", reference, result)
+    port = free_port()
+    with ThreadPoolExecutor(2) as nodes:
+        results = list(nodes.map(launch_node, (0, 1), (port, port), folders))
+    assert all("training:" in succeed(result).stderr for result in results)  # a bar for each machine
+    assert "2 processes" in results[0].stdout
+    assert_same_training(folders[0] / "run", reference, results[0])
     assert list(folders[1].iterdir()) == []
+
     (folders[0] / "run/model.safetensors").unlink()
-    result = launch_both()
-    assert "continuing from" in result.stdout
-    assert_same_training(folders[0] / "run", reference, result)
+    arguments = ("train_accelerate.py", *flags, "--per_device_train_batch_size", 4, "--output_dir", "run")
+    sizes = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0", "ACCELERATE_USE_CPU": "true"}
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), **sizes}
+    nodes = [start(*arguments, cwd=folder, RANK=str(rank), **place) for rank, folder in enumerate(folders)]
+    results = [node.wait() for node in nodes]
+    assert all("training:" in succeed(result).stderr for result in results)
+    assert "continuing from" in results[0].stdout
+    assert_same_training(folders[0] / "run", reference, results[0])
+    assert list(folders[1].iterdir()) == []
 
 
 def test_a_machine_that_stays_alone_does_not_train(launch_node, tmp_path):
@@ -253,7 +252,8 @@ def uneven_batches(num_steps: int) -> list[dict]:
 
 
 UNEVEN = """
-import json
+import json, sys
+sys.path.insert(0, sys.argv[1])
 from accelerate import PartialState
 from safetensors.torch import save_file
 from test_scale import uneven_batches
@@ -281,9 +281,8 @@ accelerator.end_training()
 def test_labels_that_are_missing_here_and_there_weigh_the_same_everywhere(tmp_path):
     """Two processes with three micro-batches each, against torch alone with one mean over all labels of a batch."""
     (tmp_path / "program.py").write_text(UNEVEN)
-    config = REPOSITORY / "configs/cpu.yaml"
-    command = (ACCELERATE, "launch", "--config_file", config, "--num_processes", 2, "--mixed_precision", "no")
-    succeed(run(*command, "program.py", cwd=tmp_path, PYTHONPATH=":".join(sys.path)))
+    for result in run_ranks(2, tmp_path / "program.py", REPOSITORY / "tests", cwd=tmp_path):
+        succeed(result)
 
     model = tiny_model(qkv_bias=False).train()
     matrices = [parameter for parameter in model.parameters() if parameter.ndim == 2]
