@@ -59,7 +59,7 @@ from pretraining.launch import (
     open_state,
 )
 from pretraining.memory import fit_into_memory
-from pretraining.model_card import RunRecord, duration, model_card
+from pretraining.model_card import LICENSE, RunRecord, duration, model_card, title_of
 from pretraining.models import build_model, check_fit, load_config
 from pretraining.optim import build_optimizers, learning_rate_factor, parameter_groups, set_learning_rate
 from pretraining.plots import plot_hellaswag, plot_loss
@@ -143,7 +143,7 @@ def start(args: TrainArguments, state: PartialState, signals: StopSignals, watch
             send_unsent(accelerator, output_dir, args.trackers(), args.max_steps, asdict(args))
             if repo_id and state.is_main_process:
                 signals.end_at_once(UNPUBLISHED)
-                print(f"published as {publish.push(output_dir, repo_id, args.hub_private_repo, FINAL)}")
+                print(f"published as {publish.push(output_dir, repo_id, args.hub_private_repo, FINAL, args.license)}")
         else:
             run = (args, accelerator, config, data, split, who, hellaswag, repo_id, folder.checkpoint)
             is_stopped = train(*run, signals, watchdog)
@@ -185,9 +185,9 @@ def open_repository(args: TrainArguments, state: PartialState) -> str:
     """
 
     def work() -> str:
-        name = args.hub_model_id or Path(args.output_dir).name
+        name = args.hub_model_id or title_of(args.output_dir)
         try:
-            return publish.create_repository(name, args.hub_private_repo)
+            return publish.create_repository(name, args.hub_private_repo, args.license or LICENSE)
         except publish.HubRefusal:
             raise
         except UserError as error:
@@ -607,7 +607,7 @@ def run_record(
         hours=position["elapsed_seconds"] / 3600,
         hardware=hardware.device_description(accelerator.device, accelerator.num_processes),
         mixed_precision=accelerator.mixed_precision,
-        license=args.license,
+        license=args.license or LICENSE,
         settings=args.settings(),
         sources=data.sources,
         train_statistics=data.statistics,
@@ -617,7 +617,7 @@ def run_record(
         hellaswag=next((line for line in reversed(lines) if "hellaswag_n" in line), None),
         hellaswag_source=Path(args.hellaswag_file).name if args.hellaswag_file else HUB_DATASET,
         compression=data.validation.compression_rates,
-        prompt=args.sample_prompts[0],
+        prompts=args.sample_prompts,
         samples=list(samples),
         versions={"Python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
     )
@@ -649,6 +649,8 @@ def finish(
 def publish_final(args: TrainArguments, repo_id: str) -> None:
     try:
         print(f"published as {publish.push(Path(args.output_dir), repo_id, args.hub_private_repo, FINAL)}")
+    except publish.HubRefusal:
+        raise
     except UserError as error:
         print(f"warning: {error}; the same command, when it can be reached, publishes the run", file=sys.stderr)
 

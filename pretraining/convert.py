@@ -6,7 +6,6 @@ every reader of a format knows.
 import json
 import logging
 import shutil
-import tempfile
 import warnings
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from pretraining.arguments import UserError
 
 # onnx's file format, protobuf, holds 2 GB; of larger models the weights go into a file of their own, model.onnx_data.
 ONNX_LIMIT = 2_000_000_000
+STOCK = "stock"  # a folder on the way to other formats
 
 
 def write_stock(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -42,7 +42,7 @@ def write_onnx(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     import onnx_ir
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
-    stock = to_stock(model)
+    stock = to_stock(model, folder)
     config = stock.config
     heads, width, layers = config.n_head, config.n_embd // config.n_head, range(config.n_layer)
     # Sizes that differ from each other and from 0 and 1, which a trace would take for fixed.
@@ -112,9 +112,8 @@ def write_gguf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     import gguf
 
     tokens, types, merges = _vocabulary(tokenizer, model.config.vocab_size)
-    stock = to_stock(model)
+    stock = to_stock(model, folder)
     config = stock.config
-    folder.mkdir(parents=True, exist_ok=True)
     writer = gguf.GGUFWriter(folder / "model.gguf", "gpt2")
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_file_type(getattr(gguf.LlamaFileType, f"MOSTLY_{outtype.upper()}" if outtype != "f32" else "ALL_F32"))
@@ -154,14 +153,12 @@ def write_gguf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     writer.close()
 
 
-def to_stock(model: PreTrainedModel) -> GPT2LMHeadModel:
-    """transformers' own GPT-2 with the model's weights, in fp32."""
-    folder = Path(tempfile.mkdtemp())
-    try:
-        model.save_pretrained(folder, save_original_format=True)
-        return GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32).eval()
-    finally:
-        shutil.rmtree(folder)
+def to_stock(model: PreTrainedModel, folder: Path) -> GPT2LMHeadModel:
+    """transformers' own GPT-2 with the model's weights, in fp32, by way of a folder in `folder` that is deleted."""
+    model.save_pretrained(folder / STOCK, save_original_format=True)
+    stock = GPT2LMHeadModel.from_pretrained(folder / STOCK, dtype=torch.float32).eval()
+    shutil.rmtree(folder / STOCK)
+    return stock
 
 
 def _vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> tuple[list[str], list[int], list[str]]:

@@ -200,14 +200,21 @@ def local_corpus(pattern: str, text_column: str = "text") -> Corpus:
 
 
 def hub_corpus(name: str, config: str | None, revision: str | None, text_column: str) -> Corpus:
-    """The train split of a dataset on the Hugging Face Hub, streamed, of the commit that `revision` is now."""
+    """
+    The train split of a dataset on the Hugging Face Hub, streamed, of the commit that `revision` is now. Or of one in
+    a folder, whose name alone is told, and whose revision is a digest of its files.
+    """
+    is_local = Path(name).is_dir()
     try:
-        if not Path(name).is_dir():
+        if is_local:
+            revision = _digest(sorted(path for path in Path(name).rglob("*") if path.is_file()))
+        else:
             revision = HfApi().dataset_info(name, revision=revision).sha
-        documents = load_dataset(name, config, split="train", revision=revision, streaming=True)
+        commit = None if is_local else revision
+        documents = load_dataset(name, config, split="train", revision=commit, streaming=True)
     except Exception as error:  # no such dataset, revision or configuration, no network, or files nobody can read
         raise UserError(f"--dataset_name {name} cannot be loaded: {one_line(error)}") from None
-    description = {"name": Path(name).name if Path(name).is_dir() else name, "config": config, "revision": revision}
+    description = {"name": Path(name).resolve().name if is_local else name, "config": config, "revision": revision}
     splits = documents.info.splits or {}
     num_documents = splits["train"].num_examples if "train" in splits else None
     return Corpus(_text_as_bytes(documents, text_column), text_column, description, num_documents=num_documents)

@@ -227,7 +227,7 @@ def open_data_folder(folder: Path, tokenizer_fingerprint: str | None = None) -> 
 
     source = info["source"]["train"]
     return DataFolder(
-        name=source["name"],
+        name=Path(source["name"]).name if Path(source["name"]).is_absolute() else source["name"],
         revision=source["revision"],
         config=source.get("config"),
         block_size=block_size,

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -16,7 +17,9 @@ from pretraining.files import write_text
 from pretraining.publish_data import table
 
 CARD = "README.md"
+LICENSE = "mit"  # of the weights, unless --license says otherwise
 USE = "## Use it"
+STRING = r'"(?:[^"\\\n]|\\.)*"'  # between quotes, with escapes
 USE_SECTION = re.compile(rf"^{USE}$.*?(?=^## |\Z)", flags=re.M | re.S)  # up to the next heading
 HELLASWAG = "Rowan/hellaswag"
 Format = Literal["gpt2scratch", "gpt2", "gguf", "onnx"]
@@ -24,21 +27,24 @@ Format = Literal["gpt2scratch", "gpt2", "gguf", "onnx"]
 PIPELINE = """```python
 from transformers import pipeline
 
-generator = pipeline("text-generation", model="{name}"{trust})
+generator = pipeline("text-generation", model={name}{trust})
 print(generator({prompt}, max_new_tokens={new_tokens})[0]["generated_text"])
 ```"""
 GGUF = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 # n_positions: transformers does not read it from the file.
-model = AutoModelForCausalLM.from_pretrained("{name}", gguf_file="model.gguf", n_positions={n_positions})
-tokenizer = AutoTokenizer.from_pretrained("{name}", gguf_file="model.gguf")
+model = AutoModelForCausalLM.from_pretrained({name}, gguf_file="model.gguf", n_positions={n_positions})
+tokenizer = AutoTokenizer.from_pretrained({name}, gguf_file="model.gguf")
 generator = pipeline("text-generation", model=model, tokenizer=tokenizer)
 print(generator({prompt}, max_new_tokens={new_tokens})[0]["generated_text"])
 ```
 
 llama.cpp, and what is built on it, takes `model.gguf` as it is:
-`llama-completion -m model.gguf -p {prompt} -n {new_tokens}`."""
+
+```bash
+llama-completion -m model.gguf -p {shell_prompt} -n {new_tokens}
+```"""
 ONNX = """```python
 from pathlib import Path
 
@@ -47,17 +53,17 @@ import onnxruntime
 from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoTokenizer
 
-name = "{name}"
+name = {name}
 folder = name if Path(name).is_dir() else snapshot_download(name)
 config, tokenizer = AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
 session = onnxruntime.InferenceSession(f"{{folder}}/onnx/model.onnx")
 names = [each.name for each in session.get_inputs() if each.name.startswith("past_key_values")]
 nothing = np.zeros((1, config.n_head, 0, config.n_embd // config.n_head), np.float32)
 past, text = dict.fromkeys(names, nothing), tokenizer({prompt})["input_ids"]
-new = text
-while len(text) < {new_tokens}:
+new, longest = text, len(text) + {new_tokens}
+while len(text) < longest:
     inputs = {{
-        "input_ids": np.array([new]),
+        "input_ids": np.array([new], np.int64),
         "attention_mask": np.ones((1, len(text)), np.int64),
         "position_ids": np.arange(len(text))[None, -len(new) :],
     }}
@@ -98,7 +104,7 @@ class RunRecord:
         eval_tokens: how many of the validation text an evaluation is on, None for all.
         hellaswag_source: a dataset on the Hub, or the name of a file.
         compression: bits per byte that general-purpose compressors need for the validation text.
-        prompt: for the example.
+        prompts: one of which is for the example.
     """
 
     name: str
@@ -119,13 +125,13 @@ class RunRecord:
     hellaswag: dict[str, float] | None
     hellaswag_source: str
     compression: dict[str, float]
-    prompt: str
+    prompts: list[str]
     samples: list[str]
     versions: dict[str, str]
 
 
 def model_card(record: RunRecord, config: PreTrainedConfig) -> ModelCard:
-    title = Path(record.name).name
+    title = title_of(record.name)
     start, base_model = record.settings["model_name_or_path"], None
     if start and Path(start).exists():
         start = Path(start).resolve().name  # no local path on a card
@@ -151,7 +157,7 @@ def model_card(record: RunRecord, config: PreTrainedConfig) -> ModelCard:
         f"# {title}",
         f"A GPT-2 of {record.parameters:,} parameters, {made} with gpt2scratch on {names}.{unfinished}",
         USE,
-        usage("gpt2scratch", record.name, json.dumps(record.prompt, ensure_ascii=False), config),
+        usage("gpt2scratch", record.name, example_prompt(record.prompts, config), config),
         "## Evaluation",
         *_evaluation(record),
         "## Model",
@@ -198,10 +204,21 @@ def usage(format: Format, name: str, prompt: str, config: PreTrainedConfig) -> s
     An example that works when it is pasted.
 
     Args:
-        prompt: as a string in JSON, which Python and a shell read as well.
+        prompt: of at most half as many bytes, and so tokens, as the model has positions.
     """
-    new_tokens, n_positions = min(60, config.n_positions // 2), config.n_positions
-    return USAGE[format].format(name=name, prompt=prompt, new_tokens=new_tokens, n_positions=n_positions)
+    return USAGE[format].format(
+        name=_quoted(name),
+        prompt=_quoted(prompt),
+        shell_prompt=shlex.quote(prompt),
+        new_tokens=min(60, config.n_positions // 2),
+        n_positions=config.n_positions,
+    )
+
+
+def example_prompt(prompts: list[str], config: PreTrainedConfig) -> str:
+    """The first that leaves room for an answer, and that every reader of a format can begin with."""
+    fitting = (prompt for prompt in prompts if 0 < len(prompt.encode()) <= config.n_positions // 2)
+    return next(fitting, "The")
 
 
 def converted_card(text: str | None, folder: Path, format: Format, config: PreTrainedConfig) -> ModelCard:
@@ -213,23 +230,23 @@ def converted_card(text: str | None, folder: Path, format: Format, config: PreTr
         text: of the model's card, None if it has none.
         folder: where the converted model is.
     """
-    card = _read(text if text is not None else f"# {folder.name}\n")
+    card = renamed_card(text, str(folder), None)
     card.data.library_name = LIBRARY[format]
     card.data.pipeline_tag = "text-generation"
     card.data.tags = list(dict.fromkeys([*(card.data.tags or ["gpt2"]), *([format] if format != "gpt2" else [])]))
-    prompt = re.search(r'generator\(("(?:[^"\\]|\\.)*")', card.text)
-    text = usage(format, str(folder), prompt[1] if prompt else '"Once upon a time"', config)
-    section = f"{USE}\n\n{text}\n\n"
+    prompt = re.search(rf"generator\(({STRING})", card.text)
+    prompts = [json.loads(prompt[1])] if prompt else []
+    section = f"{USE}\n\n{usage(format, str(folder), example_prompt(prompts, config), config)}\n\n"
     if USE_SECTION.search(card.text):
         card.text = USE_SECTION.sub(lambda _: section, card.text)
     else:
         card.text = f"{card.text.rstrip()}\n\n{section}"
-    return renamed_card(str(card), str(folder), None)
+    return card
 
 
 def renamed_card(text: str | None, name: str, license: str | None) -> ModelCard:
     """
-    A card for a repository: its title and its example have the repository's name, and no path on this machine.
+    A card for a repository: its title and its examples have the repository's name, in place of the folder's.
 
     Args:
         text: of the card in the folder that is published, None if there is none.
@@ -239,20 +256,30 @@ def renamed_card(text: str | None, name: str, license: str | None) -> ModelCard:
     Raises:
         UserError: if the metadata of the card is not valid.
     """
-    title = Path(name).name
+    title = title_of(name)
     card = _read(text if text is not None else f"# {title}\n")
     data = card.data
     if data.model_name:
-        card.text = re.sub(rf"^# {re.escape(data.model_name)}$", lambda _: f"# {title}", card.text, flags=re.M)
+        old = re.compile(rf"^# {re.escape(data.model_name)}$", flags=re.M)
+        card.text = old.sub(lambda _: f"# {title}", card.text, count=1)
         data.model_name = title
     if license:
         card.text = card.text.replace(f"The weights: `{data.license}`.", f"The weights: `{license}`.")
         data.license = license
-    if use := USE_SECTION.search(card.text):
-        old = re.search(r'(?:model=|from_pretrained\(|name = )("[^"]+")', use[0])
-        section = use[0].replace(old[1], f'"{name}"') if old else use[0]
-        card.text = card.text[: use.start()] + section + card.text[use.end() :]
+    use = USE_SECTION.search(card.text)
+    if old := re.search(rf"(?:model=|from_pretrained\(|^name = )({STRING})", use[0] if use else card.text, flags=re.M):
+        card.text = card.text.replace(old[1], _quoted(name))
     return card
+
+
+def title_of(name: str) -> str:
+    """The last part of a Hub id or a folder's path."""
+    return (Path(name).resolve() if Path(name).is_dir() else Path(name)).name
+
+
+def _quoted(text: str) -> str:
+    """As a string in JSON, which Python reads as well."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 def _read(text: str) -> ModelCard:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from pretraining.arguments import UserError, one_line
@@ -19,10 +19,10 @@ from pretraining.model_card import CARD, renamed_card
 WEIGHTS = "model.safetensors"
 # Of the folder of a run, a checkpoint or an exported model, beside the card. No optimizer's state, log, or tracker's
 # file, and nothing else that happens to lie there.
-PUBLISHED = """config.json generation_config.json model*.safetensors model.safetensors.index.json
-    modeling_gpt2scratch.py configuration_gpt2scratch.py packing.py linear_cross_entropy.py
-    tokenizer*.json vocab.json merges.txt special_tokens_map.json added_tokens.json chat_template.jinja
-    plots/*.png model.gguf onnx/model.onnx onnx/model.onnx_data""".split()
+PUBLISHED = """config.json generation_config.json model.safetensors model-*-of-*.safetensors
+    model.safetensors.index.json modeling_gpt2scratch.py configuration_gpt2scratch.py packing.py
+    linear_cross_entropy.py tokenizer.json tokenizer_config.json vocab.json merges.txt special_tokens_map.json
+    added_tokens.json chat_template.jinja plots/*.png model.gguf onnx/model.onnx onnx/model.onnx_data""".split()
 
 
 class HubRefusal(UserError):
@@ -65,29 +65,42 @@ def write_companions(tokenizer: PreTrainedTokenizerBase, n_positions: int, card:
     card.save(folder / CARD)
 
 
-def create_repository(repo_id: str, private: bool) -> str:
+def create_repository(repo_id: str, private: bool, license: str | None) -> str:
     """
     Make a model repository on the Hub, if it is not there. Returns its whole name, with the user's.
 
+    Args:
+        license: of the weights, None if it is not to be checked.
+
     Raises:
-        UserError: if the Hub cannot be reached; HubRefusal if it refuses.
+        UserError: if the Hub cannot be reached; HubRefusal if it refuses that, or to write there.
     """
+    api = HfApi()
     with _told(repo_id):
-        return HfApi().create_repo(repo_id, private=private, exist_ok=True).repo_id
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        api.auth_check(repo_id, write=True)  # a repository that was there may be one to read only
+        if private and not api.model_info(repo_id).private:
+            raise ValueError(
+                "the repository is there, and not a private one: leave --hub_private_repo out, or make it"
+            )
+        if license:
+            ModelCard(f"---\nlicense: {license}\n---\n").validate()
+    return repo_id
 
 
 def push(folder: Path, repo_id: str, private: bool, message: str, license: str | None = None) -> str:
     """
     Publish a folder's model on the Hub, in one commit, its card under the repository's name. What was uploaded before
-    an earlier attempt broke off is not uploaded again, and what the repository has beside it stays. Returns its
-    address.
+    an earlier attempt broke off is not uploaded again. Other files of the repository stay. Returns its address.
 
     Raises:
-        UserError: if the Hub refuses, or cannot be reached. There is no half of it then.
+        UserError: if the card cannot be read, the Hub refuses, or cannot be reached. There is no half of it then.
     """
     text = read_card(folder)
-    renamed_card(text, repo_id, license)  # that it can be read, before a repository is made
-    repo_id = create_repository(repo_id, private)
+    card = renamed_card(text, repo_id, license)
+    if str(folder.resolve()) in card.text:
+        raise UserError(f"{folder / CARD} tells a path of this machine, {folder.resolve()}: take it out")
+    repo_id = create_repository(repo_id, private, card.data.license)
     card = renamed_card(text, repo_id, license)
     with _told(repo_id):
         operations = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in published(folder)]
@@ -101,7 +114,14 @@ def published(folder: Path) -> list[Path]:
 
 
 def read_card(folder: Path) -> str | None:
-    return (folder / CARD).read_text(encoding="utf-8") if (folder / CARD).is_file() else None
+    """
+    Raises:
+        UserError: if there is one that cannot be read.
+    """
+    try:
+        return (folder / CARD).read_text(encoding="utf-8") if (folder / CARD).exists() else None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{folder / CARD} cannot be read: {one_line(error)}") from None
 
 
 class CheckpointPublisher:
@@ -140,8 +160,9 @@ class CheckpointPublisher:
             for path in published(checkpoint):
                 _keep(path, staged / path.name)
             self.complete(staged, position)
-            if (self.output_dir / "plots").is_dir():
-                shutil.copytree(self.output_dir / "plots", staged / "plots")
+            (staged / "plots").mkdir()
+            for path in self.output_dir.glob("plots/*.png"):
+                shutil.copyfile(path, staged / "plots" / path.name)
         except (OSError, ValueError) as error:
             self.say(f"warning: {checkpoint} is not published: {one_line(error)}")
             return
@@ -165,13 +186,12 @@ class CheckpointPublisher:
 
 
 def _keep(source: Path, target: Path) -> None:
-    """A file that is there when `source` is deleted: the weights without a copy, if the file system can."""
-    try:
-        if source.name != WEIGHTS:
-            raise OSError  # a small file, and others of these are written anew
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
+    """A file that is there when `source` is deleted: of the weights without a copy, if the file system can."""
+    if source.name == WEIGHTS:  # of others some are written anew, in place
+        with contextlib.suppress(OSError):
+            os.link(source, target)
+            return
+    shutil.copyfile(source, target)
 
 
 @contextlib.contextmanager
@@ -182,6 +202,6 @@ def _told(repo_id: str) -> Iterator[None]:
     except Exception as error:  # a refused token, no network, a full repository: of several libraries
         status = error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else 0
         is_refusal = 400 <= status < 500 and status not in (408, 429)  # not a time-out, nor too many requests
-        is_refusal |= isinstance(error, LocalTokenNotFoundError | HFValidationError)
+        is_refusal |= isinstance(error, LocalTokenNotFoundError | ValueError)  # a name or metadata that is not valid
         kind = HubRefusal if is_refusal else UserError
         raise kind(f"--push_to_hub {repo_id} failed: {one_line(error)}") from None

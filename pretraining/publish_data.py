@@ -83,4 +83,4 @@ def dataset_card(info: dict, repo_id: str) -> DatasetCard:
 def table(header: tuple, rows: list[tuple]) -> str:
     """In Markdown."""
     lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
-    return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows])
+    return "\n".join(lines + ["| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in rows])

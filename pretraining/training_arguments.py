@@ -109,7 +109,7 @@ class TrainArguments:
         "end", "publish the final model, or the model of each checkpoint too, while training goes on"
     )
     hub_private_repo: bool = flag(False, "make the repository a private one, if it is not there yet")
-    license: str = flag("mit", "of the weights, for the model card: as the Hub names it")
+    license: str = flag(None, "of the weights, for the model card, as the Hub names it; mit if left out")
 
     def problems(self) -> list[str]:
         found = [] if self.output_dir else ["--output_dir is required"]

@@ -410,6 +410,11 @@ class Handler(BaseHTTPRequestHandler):
         config = {"config": json.loads(commit.files["config.json"].content)} if "config.json" in commit.files else {}
         return {"id": repo_id, "sha": commit.sha, "tags": [], "siblings": siblings, **dates, **access, **config}
 
+    @route("GET", "/api/KIND/ID/auth-check/write", writes=True)
+    def may_write(self, kind, repo_id):
+        self.repository(kind, repo_id)
+        return {}
+
     @route("GET", "/api/KIND/ID/tree/REV(?:/PATH)?")
     def tree(self, kind, repo_id, revision, folder):
         repository = self.repository(kind, repo_id)

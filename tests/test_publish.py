@@ -5,10 +5,12 @@ import json
 import math
 import os
 import re
+import resource
 import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import huggingface_hub
 import processes
@@ -25,7 +27,7 @@ import publish_model
 import train_accelerate
 from modeling_gpt2scratch import GPT2ScratchConfig
 from pretraining.arguments import run_script
-from pretraining.model_card import RunRecord, model_card
+from pretraining.model_card import Format, RunRecord, converted_card, model_card, renamed_card
 from pretraining.signals import STOPPED
 
 CODE = {"modeling_gpt2scratch.py", "configuration_gpt2scratch.py", "packing.py", "linear_cross_entropy.py"}
@@ -210,6 +212,27 @@ def test_a_token_that_may_not_write_is_told_before_training(data_dir, tmp_path, 
     assert not (tmp_path / "run").exists()
 
 
+def test_what_the_hub_refuses_is_told_before_training(data_dir, tmp_path, use_hub, refuse):
+    """A token that may only read a repository that is there; a public one where a private one is asked for; a name."""
+    flags = ("--data_dir", data_dir, "--output_dir", tmp_path / "run", "--config_overrides", TINY, "--push_to_hub")
+    with Hub(token=TOKEN) as hub:
+        use_hub(hub)
+        hub.add("us/model", {"README.md": b"# Ours\n"}, "model")
+        hub.fail(times=1, status=403, matching="/api/repos/create")
+        hub.fail(times=1, status=403, matching="/auth-check/write")
+        (line,) = refuse(train_accelerate, *flags, "--hub_model_id", "us/model")
+        assert "--push_to_hub us/model failed: " in line and "403" in line
+        (line,) = refuse(train_accelerate, *flags, "--hub_model_id", "us/model", "--hub_private_repo")
+        assert "--push_to_hub us/model failed: the repository is there, and not a private one" in line
+        hub.fail(times=1, status=400, matching="/api/validate-yaml")
+        (line,) = refuse(train_accelerate, *flags, "--hub_model_id", "us/model", "--license", "gpl")
+        assert "--push_to_hub us/model failed: " in line
+        (line,) = refuse(train_accelerate, *flags, "--hub_model_id", "a/b/c")
+        assert "--push_to_hub a/b/c failed: Repo id must" in line
+        assert len(hub.commits("us/model", "model")) == 1
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_finished_run_is_published_by_a_command(run_dir, data_dir, use_hub, publish):
     with Hub(token=TOKEN) as hub:
         use_hub(hub, token="hf_other")
@@ -236,6 +259,17 @@ def test_a_finished_run_is_published_by_a_command(run_dir, data_dir, use_hub, pu
         assert "# model\n" in card and 'model="us/model"' in card
         assert "license: odc-by" in card and "The weights: `odc-by`." in card
         assert f'model="{run_dir}"' in (run_dir / "README.md").read_text()  # which stays as it is
+
+
+def test_a_checkpoint_that_cannot_be_published_stops_nothing(data_dir, tmp_path):
+    flags = ("--data_dir", data_dir, "--output_dir", tmp_path / "run", "--config_overrides", TINY, "--max_steps", 5)
+    flags += ("--save_steps", 2, "--push_to_hub", "--hub_model_id", "us/model", "--hub_strategy", "checkpoint")
+    with Hub(token=TOKEN) as hub:
+        hub.fail(times=1, status=403, matching="/commit/")
+        result = succeed(script("train_accelerate.py", *flags, **hub.environment(tmp_path / "me")))
+        assert "warning: --push_to_hub us/model failed: " in result.stdout
+        assert "step 2 is not published, training goes on" in result.stdout
+        assert titles(hub, "us/model")[-1] == "Trained by gpt2scratch"
 
 
 def test_a_push_that_was_killed_goes_on_where_it_was(run_dir, tmp_path):
@@ -333,7 +367,7 @@ def test_the_card_of_a_model_of_hub_data_trained_further_on_a_stream():
         hellaswag={"step": 50, "hellaswag_acc": 0.29, "hellaswag_acc_norm": 0.31, "hellaswag_n": 10042},
         hellaswag_source="Rowan/hellaswag",
         compression={},
-        prompt='He said "',
+        prompts=["", "x" * 600, 'He said "'],
         samples=["```\ncode\n```"],
         versions={"torch": "2.13.0"},
     )
@@ -355,7 +389,16 @@ def test_the_card_of_a_model_of_hub_data_trained_further_on_a_stream():
         "````text\n```\ncode\n```\n````",
     ):
         assert expected in card.text, expected
-    assert ast.parse(code_blocks(card.text)[0])
+    assert 'generator("He said \\"", max_new_tokens=60)' in card.text  # the first prompt that leaves room
+    # A folder of an awkward name, under which the model is converted, and published.
+    folder = 'a "b" \\t'
+    for format in get_args(Format):
+        converted = converted_card(str(card), Path(folder), format, GPT2ScratchConfig())
+        for each in (converted, renamed_card(str(converted), "us/other", None)):
+            for block in code_blocks(str(each)):
+                ast.parse(block)
+        assert "us/model" not in each.text and folder not in each.text and "us/other" in each.text
+        assert "He said" in each.text
     local = replace(record, settings={"model_name_or_path": str(REPOSITORY)})
     assert str(REPOSITORY.parent) not in str(model_card(local, GPT2ScratchConfig()))
 
@@ -508,11 +551,47 @@ def test_a_card_without_records_and_one_that_people_wrote_in(run_dir, tmp_path, 
         for name in ("bare", "edited"):
             command = ("--model_name_or_path", tmp_path / name, "--push_to_hub", "--hub_model_id", f"us/{name}")
             assert publish(*command)[0] == 0
+        # Another heading, and the path in words of one's own: the example is found, the words are not ours to change.
+        (tmp_path / "edited/README.md").write_text(text.replace("## Use it", "## Usage"))
+        assert publish(*command)[0] == 0
+        assert f"us/{name}" in hub.files("us/edited", "model")["README.md"].decode()
+        (tmp_path / "edited/README.md").write_text(f"{text}\nSee {tmp_path / 'edited'}.\n")
+        status, _, errors = publish(*command)
+        assert status == 2 and f"README.md tells a path of this machine, {tmp_path / 'edited'}: take it out" in errors
+        for content, problem in ((b"\xff", "cannot be read"), (b"---\ntags: [a\n---\n", "metadata that is not valid")):
+            (tmp_path / "edited/README.md").write_bytes(content)
+            status, _, errors = publish(*command)
+            assert status == 2 and problem in errors and errors.count("\n") == 1
         bare = hub.files("us/bare", "model")["README.md"].decode()
         edited = ModelCard(hub.files("us/edited", "model")["README.md"].decode())
     assert "# bare" in bare
     assert "## Thanks\n\nTo all." in edited.text and edited.data.language == "en"
     assert 'model="us/edited"' in edited.text and edited.data.eval_results
+
+
+def test_a_converted_model_is_published_too(converted, run_dir, tmp_path, use_hub, publish):
+    """Where that failed after it was written, by its own folder."""
+    folder = tmp_path / "stock"
+    with Hub(token=TOKEN) as hub:
+        use_hub(hub)
+        hub.fail(times=1, status=500, matching="/commit/")
+        command = ("--model_name_or_path", run_dir, "--format", "gpt2", "--output_dir", folder, "--push_to_hub")
+        status, output, errors = publish(*command, "--hub_model_id", "us/stock")
+        assert status == 2 and output == f"written as {folder}\n" and "--push_to_hub us/stock failed: " in errors
+        status, _, errors = publish(*command, "--hub_model_id", "us/stock")
+        assert status == 2 and f"publish what is there by --model_name_or_path {folder} --push_to_hub" in errors
+        wanted = {
+            folder: WHOLE - CODE,
+            converted(publish, "gguf"): {"model.gguf", "README.md"},
+            converted(publish, "onnx"): WHOLE - CODE - {"model.safetensors"} | {"onnx/model.onnx"},
+        }
+        for path, names in wanted.items():
+            command = ("--model_name_or_path", path, "--push_to_hub", "--hub_model_id", f"us/{path.name}")
+            assert publish(*command)[0] == 0
+            files = hub.files(f"us/{path.name}", "model")
+            assert set(files) == names | {"plots/loss.png", "plots/hellaswag.png"}
+            assert_nothing_private(files, REPOSITORY, run_dir, path)
+            assert f'"us/{path.name}"' in files["README.md"].decode()
 
 
 @pytest.mark.parametrize(
@@ -522,7 +601,7 @@ def test_a_card_without_records_and_one_that_people_wrote_in(run_dir, tmp_path, 
         (("--model_name_or_path", "RUN", "--format", "gguf"), ["--format gguf needs an --output_dir"]),
         (
             ("--model_name_or_path", "RUN", "--format", "gpt2", "--output_dir", "RUN", "--outtype", "f16"),
-            ["--output_dir RUN exists: choose another", "--outtype f16 is for --format gguf"],
+            ["--output_dir RUN exists: choose another or delete it", "--outtype f16 is for --format gguf"],
         ),
         (
             ("--model_name_or_path", "RUN/checkpoint-000060", "--push_to_hub", "--license", "My own"),
@@ -563,4 +642,12 @@ def test_a_conversion_that_fails_leaves_nothing(run_dir, tmp_path, publish):
     (tmp_path / "model/model.safetensors").write_bytes(b"damaged")
     status, _, errors = publish(*command)
     assert status == 2 and f"{tmp_path / 'model'} cannot be loaded" in errors and "Traceback" not in errors
+    command = ("--model_name_or_path", run_dir, "--format", "gpt2", "--output_dir", tmp_path / "out")
+    full = processes.start("publish_model.py", *command, fault=no_room_for_weights).wait()
+    assert full.returncode == 2 and full.stderr.count("\n") == 1
+    assert f"error: --output_dir {tmp_path / 'out'} cannot be written: " in full.stderr
     assert {path.name for path in tmp_path.iterdir()} <= {"model", "home"}
+
+
+def no_room_for_weights() -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
