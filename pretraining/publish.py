@@ -65,12 +65,12 @@ def write_companions(tokenizer: PreTrainedTokenizerBase, n_positions: int, card:
     card.save(folder / CARD)
 
 
-def create_repository(repo_id: str, private: bool, license: str | None) -> str:
+def create_repository(repo_id: str, private: bool, license: str | None = None) -> str:
     """
     Make a model repository on the Hub, if it is not there. Returns its whole name, with the user's.
 
     Args:
-        license: of the weights, None if it is not to be checked.
+        license: of the weights, if the Hub is to check now what it will check when there is a card.
 
     Raises:
         UserError: if the Hub cannot be reached; HubRefusal if it refuses that, or to write there.
@@ -100,7 +100,7 @@ def push(folder: Path, repo_id: str, private: bool, message: str, license: str |
     card = renamed_card(text, repo_id, license)
     if str(folder.resolve()) in card.text:
         raise UserError(f"{folder / CARD} tells a path of this machine, {folder.resolve()}: take it out")
-    repo_id = create_repository(repo_id, private, card.data.license)
+    repo_id = create_repository(repo_id, private)
     card = renamed_card(text, repo_id, license)
     with _told(repo_id):
         operations = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in published(folder)]

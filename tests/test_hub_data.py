@@ -164,7 +164,9 @@ def test_a_hub_that_is_away_for_longer_than_its_clients_wait_costs_no_document(f
         for failures in (0, 15, 1000):
             running = start(program, go_on, **hub.environment(tmp_path / str(failures)))
             try:
-                wait_until(lambda running=running: running.output("stdout") or running.process.exitcode is not None)
+                wait_until(
+                    lambda running=running: "\n" in running.output("stdout") or running.process.exitcode is not None
+                )
                 assert running.output("stdout") == "has begun\n"
                 hub.fail(failures, 503, matching=f".{form}")
                 go_on.write_text("")

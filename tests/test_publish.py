@@ -452,7 +452,7 @@ def test_the_stock_model_needs_no_code_and_computes_the_same(run_dir, converted,
 def test_the_gguf_file_holds_the_same_numbers_and_the_same_tokenizer(run_dir, converted, publish, tmp_path):
     ours = AutoTokenizer.from_pretrained(run_dir)
     text = "def apple(kettle):\n    return  'wörld'\n\n<|endoftext|> 12 日本"
-    for outtype, tolerance in (("f32", 1e-5), ("f16", 0.05), ("q8_0", 0.5)):
+    for outtype, tolerance in (("f32", 1e-5), ("f16", 0.05), ("bf16", 0.2), ("q8_0", 0.5)):
         folder = converted(publish, "gguf")
         if outtype != "f32":
             folder = tmp_path / outtype
