@@ -262,14 +262,17 @@ def test_a_finished_run_is_published_by_a_command(run_dir, data_dir, use_hub, pu
 
 
 def test_a_checkpoint_that_cannot_be_published_stops_nothing(data_dir, tmp_path):
+    """On two processes, of which the first one publishes."""
     flags = ("--data_dir", data_dir, "--output_dir", tmp_path / "run", "--config_overrides", TINY, "--max_steps", 5)
     flags += ("--save_steps", 2, "--push_to_hub", "--hub_model_id", "us/model", "--hub_strategy", "checkpoint")
     with Hub(token=TOKEN) as hub:
         hub.fail(times=1, status=403, matching="/commit/")
-        result = succeed(script("train_accelerate.py", *flags, **hub.environment(tmp_path / "me")))
+        result, other = processes.run_ranks(2, "train_accelerate.py", *flags, **hub.environment(tmp_path / "me"))
+        assert succeed(other).stdout == "" and succeed(result)
         assert "warning: --push_to_hub us/model failed: " in result.stdout
         assert "step 2 is not published, training goes on" in result.stdout
         assert titles(hub, "us/model")[-1] == "Trained by gpt2scratch"
+        assert "| hardware | 2 processes, CPU" in hub.files("us/model", "model")["README.md"].decode()
 
 
 def test_a_push_that_was_killed_goes_on_where_it_was(run_dir, tmp_path):
