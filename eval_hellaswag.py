@@ -40,11 +40,11 @@ from pretraining.arguments import ProcessError, UserError, flag, one_line, parse
 from pretraining.files import write_text
 from pretraining.launch import check_launch
 from pretraining.loglikelihood import Continuation, loglikelihoods, takes_trees, token_tree
-from pretraining.model_card import hellaswag_results, update_model_card
+from pretraining.model_card import HELLASWAG, hellaswag_results, update_model_card
 
 Protocol = Literal["completion", "lm_eval"]
 
-HUB_DATASET, HUB_SPLIT = "Rowan/hellaswag", "validation"
+HUB_SPLIT = "validation"
 TEXT_FIELDS = ("activity_label", "ctx_a", "ctx_b", "ctx")
 FIELDS = ("ind", *TEXT_FIELDS, "endings", "label")
 METRIC = Path(__file__).resolve().parent / "metrics" / "hellaswag"
@@ -55,7 +55,7 @@ MAX_PROBLEMS = 10  # shown; in a file of another kind every line is wrong
 class HellaSwagArguments:
     model_name_or_path: str = flag(None, "the model to evaluate, with its tokenizer: a folder, or a name on the Hub")
     data_file: str = flag(None, "items in HellaSwag's own format, a JSON object a line")
-    dataset_name: str = flag(None, f"a dataset on the Hub to use instead; without either it is {HUB_DATASET}")
+    dataset_name: str = flag(None, f"a dataset on the Hub to use instead; without either it is {HELLASWAG}")
     protocol: Protocol = flag("completion", "how the texts are put together and the likelihoods compared")
     per_device_eval_batch_size: int = flag(8, "items scored at once")
     limit: int = flag(None, "score only the first so many items")
@@ -95,7 +95,7 @@ class HellaSwagArguments:
         return found
 
     def source(self) -> str:
-        return self.data_file or self.dataset_name or HUB_DATASET
+        return self.data_file or self.dataset_name or HELLASWAG
 
 
 def main() -> None:
@@ -363,7 +363,7 @@ def load_items(path: str | Path, limit: int | None = None) -> list[dict]:
     return check_items(str(path), itertools.islice(records, limit))
 
 
-def load_hub_items(name: str = HUB_DATASET, limit: int | None = None) -> list[dict]:
+def load_hub_items(name: str = HELLASWAG, limit: int | None = None) -> list[dict]:
     """The validation split of a dataset on the Hub; the test split's labels were never published."""
     from datasets import load_dataset  # only here: items in a file need no datasets library
 

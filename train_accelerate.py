@@ -12,11 +12,9 @@ Running the same command again continues from the last checkpoint.
 """
 
 import math
-import platform
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from signal import Signals
 
@@ -32,7 +30,6 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from eval_hellaswag import (
-    HUB_DATASET,
     EncodedItem,
     encode_items,
     load_hub_items,
@@ -59,12 +56,13 @@ from pretraining.launch import (
     open_state,
 )
 from pretraining.memory import fit_into_memory
-from pretraining.model_card import LICENSE, RunRecord, duration, model_card, title_of
+from pretraining.model_card import LICENSE, duration, title_of
 from pretraining.models import build_model, check_fit, load_config
 from pretraining.optim import build_optimizers, learning_rate_factor, parameter_groups, set_learning_rate
 from pretraining.plots import plot_hellaswag, plot_loss
 from pretraining.published import comparable_losses
 from pretraining.run import Run
+from pretraining.run_card import RunCard
 from pretraining.run_folder import open_run_folder, write_arguments
 from pretraining.runlog import EVENTS_FILE, RunLog, read_metrics, send_unsent
 from pretraining.signals import STOPPED, StopSignals, follow_launcher, kill_workers
@@ -77,7 +75,6 @@ from pretraining.watchdog import Watchdog
 
 # The speed of a run is told once so many steps are behind it: the first ones warm up, or compile.
 STEPS_TO_MEASURE = 5
-PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers")  # whose versions the model card tells
 FINAL = "Trained by gpt2scratch"  # the message of its commit
 UNPUBLISHED = "before it was published: the same command does that"
 SAVING_FAILED = -1  # among the notes of a step, where the others are numbers of signals
@@ -249,18 +246,13 @@ def train(
     goes_on = position is not None and is_same_data(position["identity"], who)
     batches = data.batches(split, args.seed, run.step, position["stream"] if goes_on else None)
     is_due = position is not None and position["is_due"]
-
-    def card(position: dict, samples: Sequence[str] = ()) -> ModelCard:
-        record = run_record(args, accelerator, data, sum(groups), run.tokens_per_step, position, repo_id, samples)
-        return model_card(record, config)
-
-    def complete(folder: Path, position: dict) -> None:
-        publish.write_companions(data.tokenizer, config.n_positions, card(position), folder)
-
+    card = RunCard(args, accelerator, data, config, sum(groups), run.tokens_per_step, repo_id)
     with RunLog(accelerator, output_dir, run.step, args.max_steps, args.trackers(), asdict(args), is_due) as log:
         publisher = None
         if repo_id and args.hub_strategy == "checkpoint":
-            publisher = publish.CheckpointPublisher(output_dir, repo_id, args.hub_private_repo, complete, log.write)
+            publisher = publish.CheckpointPublisher(
+                output_dir, repo_id, args.hub_private_repo, card.complete, log.write
+            )
         writer = CheckpointWriter(accelerator, output_dir, model, optimizers, args.save_total_limit, publisher)
         training = Training(
             args,
@@ -290,7 +282,7 @@ def train(
                 f"--gradient_accumulation_steps {double}, or --gradient_checkpointing"
             ) from error
     if not is_stopped:
-        finish(args, accelerator, model, data, lambda: card(run.position(), training.samples))
+        finish(args, accelerator, model, data, lambda: card.at(run.position(), training.samples))
         if repo_id and accelerator.is_main_process:
             signals.end_at_once(UNPUBLISHED)
             if publisher:
@@ -584,43 +576,6 @@ class Training:
     def plain_model(self) -> PreTrainedModel:
         """Not compiled: for inputs of many lengths, each of which would be compiled for."""
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-
-
-def run_record(
-    args: TrainArguments,
-    accelerator: Accelerator,
-    data: TrainingData,
-    parameters: int,
-    tokens_per_step: int,
-    position: dict,
-    repo_id: str | None,
-    samples: Sequence[str],
-) -> RunRecord:
-    """What the model card tells of the run where it stands, or stood, at `position`."""
-    lines = [line for line in read_metrics(Path(args.output_dir)) if line["step"] <= position["step"]]
-    return RunRecord(
-        name=repo_id or args.output_dir,
-        parameters=parameters,
-        step=position["step"],
-        max_steps=args.max_steps,
-        tokens=position["step"] * tokens_per_step,
-        hours=position["elapsed_seconds"] / 3600,
-        hardware=hardware.device_description(accelerator.device, accelerator.num_processes),
-        mixed_precision=accelerator.mixed_precision,
-        license=args.license or LICENSE,
-        settings=args.settings(),
-        sources=data.sources,
-        train_statistics=data.statistics,
-        validation_statistics=data.validation.statistics,
-        evaluation=next((line for line in reversed(lines) if "eval_loss" in line), None),
-        eval_tokens=args.eval_iters and args.eval_iters * tokens_per_step,
-        hellaswag=next((line for line in reversed(lines) if "hellaswag_n" in line), None),
-        hellaswag_source=Path(args.hellaswag_file).name if args.hellaswag_file else HUB_DATASET,
-        compression=data.validation.compression_rates,
-        prompts=args.sample_prompts,
-        samples=list(samples),
-        versions={"Python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
-    )
 
 
 def finish(

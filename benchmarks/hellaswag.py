@@ -29,10 +29,11 @@ from torch.nn.functional import cross_entropy
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from eval_hellaswag import HUB_DATASET, Protocol, can_be_trees, encode_items, load_hub_items, load_items, score_items
+from eval_hellaswag import Protocol, can_be_trees, encode_items, load_hub_items, load_items, score_items
 from modeling_gpt2scratch import GPT2ScratchConfig, GPT2ScratchForCausalLM
 from pretraining import hardware
 from pretraining.arguments import UserError, flag, parse_arguments, run_script
+from pretraining.model_card import HELLASWAG
 from pretraining.tokenizer import load_tokenizer
 
 Sums = list[list[float]]  # log-likelihoods of each item's endings
@@ -40,7 +41,7 @@ Sums = list[list[float]]  # log-likelihoods of each item's endings
 
 @dataclass
 class BenchmarkArguments:
-    data_file: str = flag(None, f"items in HellaSwag's own format; {HUB_DATASET} on the Hub if left out")
+    data_file: str = flag(None, f"items in HellaSwag's own format; {HELLASWAG} on the Hub if left out")
     tokenizer_name: str = flag("openai-community/gpt2", "a tokenizer: a folder, or a name on the Hub")
     config_name: str = flag("124M", "the model: 124M, 350M, 774M or 1558M")
     limit: int = flag(200, "so many items, evenly spread over all of them")

@@ -33,8 +33,8 @@ print(generator({prompt}, max_new_tokens={new_tokens})[0]["generated_text"])
 GGUF = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
-# n_positions: transformers does not read it from the file.
-model = AutoModelForCausalLM.from_pretrained({name}, gguf_file="model.gguf", n_positions={n_positions})
+sizes = {{"n_positions": {n_positions}, "n_inner": {n_inner}}}  # which transformers does not read from the file
+model = AutoModelForCausalLM.from_pretrained({name}, gguf_file="model.gguf", **sizes)
 tokenizer = AutoTokenizer.from_pretrained({name}, gguf_file="model.gguf")
 generator = pipeline("text-generation", model=model, tokenizer=tokenizer)
 print(generator({prompt}, max_new_tokens={new_tokens})[0]["generated_text"])
@@ -212,6 +212,7 @@ def usage(format: Format, name: str, prompt: str, config: PreTrainedConfig) -> s
         shell_prompt=shlex.quote(prompt),
         new_tokens=min(60, config.n_positions // 2),
         n_positions=config.n_positions,
+        n_inner=config.n_inner,
     )
 
 

@@ -163,7 +163,7 @@ class CheckpointPublisher:
             (staged / "plots").mkdir()
             for path in self.output_dir.glob("plots/*.png"):
                 shutil.copyfile(path, staged / "plots" / path.name)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # whatever it is, the checkpoint is there, and training goes on
             self.say(f"warning: {checkpoint} is not published: {one_line(error)}")
             return
         # A daemon: a run that is stopped does not wait for the Hub, where the commit is made as a whole or not at all.
@@ -179,8 +179,8 @@ class CheckpointPublisher:
         try:
             address = push(staged, self.repo_id, self.private, f"Step {step:,}")
             self.say(f"step {step} is published as {address}")
-        except UserError as error:
-            self.say(f"warning: {error}; step {step} is not published, training goes on")
+        except Exception as error:
+            self.say(f"warning: {one_line(error)}; step {step} is not published, training goes on")
         finally:
             shutil.rmtree(staged, ignore_errors=True)
 

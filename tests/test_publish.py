@@ -21,6 +21,7 @@ from hellaswag_items import generated_records, write_items
 from hub_server import Hub
 from huggingface_hub import ModelCard
 from safetensors.torch import load
+from tiny_models import randomise, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline, set_seed
 
 import publish_model
@@ -467,6 +468,23 @@ def test_the_gguf_file_holds_the_same_numbers_and_the_same_tokenizer(run_dir, co
         assert_same_logits(lambda ids, model=model: model(ids).logits, run_dir, tolerance)
     sizes = [(folder / "model.gguf").stat().st_size for folder in (converted(publish, "gguf"), tmp_path / "q8_0")]
     assert sizes[1] < sizes[0]
+
+
+@pytest.mark.parametrize("changes", [{"tie_word_embeddings": False}, {"n_inner": 40, "qkv_bias": False}], ids=str)
+def test_a_model_of_another_kind_in_every_format(changes, run_dir, tmp_path, publish, capfd):
+    """A head of its own; a narrower network; more tokens than the tokenizer has."""
+    model = tiny_model(vocab_size=330, n_positions=32, **changes)
+    randomise(model)
+    model.save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(run_dir).save_pretrained(tmp_path / "model")
+    for format in ("gpt2", "gguf"):
+        command = ("--model_name_or_path", tmp_path / "model", "--format", format, "--output_dir", tmp_path / format)
+        assert publish(*command)[0] == 0
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "gpt2")
+    assert_same_logits(lambda ids: stock(ids).logits, tmp_path / "model")
+    names = {}
+    exec(compile(code_blocks((tmp_path / "gguf/README.md").read_text())[0], "card", "exec"), names)
+    assert_same_logits(lambda ids: names["model"](ids).logits, tmp_path / "model")
 
 
 def test_llama_cpp_reads_the_gguf_file(run_dir, converted, publish):
