@@ -8,6 +8,7 @@ import re
 import resource
 import signal
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
@@ -16,20 +17,25 @@ import huggingface_hub
 import processes
 import pytest
 import torch
+from accelerate import Accelerator
 from conftest import REPOSITORY, TINY, metrics, run, script, succeed, train
 from hellaswag_items import generated_records, write_items
 from hub_server import Hub
 from huggingface_hub import ModelCard
 from safetensors.torch import load
 from tiny_models import randomise, tiny_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline, set_seed
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, pipeline, set_seed
 
 import publish_model
 import train_accelerate
 from modeling_gpt2scratch import GPT2ScratchConfig
 from pretraining.arguments import run_script
+from pretraining.checkpoint_folders import complete_checkpoints, verify
 from pretraining.model_card import Format, RunRecord, converted_card, model_card, renamed_card
+from pretraining.run_card import RunCard
 from pretraining.signals import STOPPED
+from pretraining.sources import open_packed
+from pretraining.training_arguments import TrainArguments
 
 CODE = {"modeling_gpt2scratch.py", "configuration_gpt2scratch.py", "packing.py", "linear_cross_entropy.py"}
 TOKENIZER = {"tokenizer.json", "tokenizer_config.json"}
@@ -273,7 +279,22 @@ def test_a_checkpoint_that_cannot_be_published_stops_nothing(data_dir, tmp_path)
         assert "warning: --push_to_hub us/model failed: " in result.stdout
         assert "step 2 is not published, training goes on" in result.stdout
         assert titles(hub, "us/model")[-1] == "Trained by gpt2scratch"
+        folders = complete_checkpoints(tmp_path / "run")
+        assert len(folders) == 2 and not any(verify(folder) for folder in folders)  # what is published is a copy
         assert "| hardware | 2 processes, CPU" in hub.files("us/model", "model")["README.md"].decode()
+
+
+def test_the_final_model_is_published_after_the_checkpoint_that_is_on_its_way(data_dir, tmp_path):
+    flags = ("--data_dir", data_dir, "--output_dir", tmp_path / "run", "--config_overrides", TINY, "--max_steps", 3)
+    flags += ("--save_steps", 2, "--push_to_hub", "--hub_model_id", "us/model", "--hub_strategy", "checkpoint")
+    with Hub(token=TOKEN) as hub:
+        with hub.hold("/commit/"):
+            running = processes.start("train_accelerate.py", *flags, **hub.environment(tmp_path / "me"))
+            processes.wait_until(lambda: (tmp_path / "run/model.safetensors").exists())
+            time.sleep(1)
+            assert sum("/preupload/" in path for _, path, *_ in hub.requests) == 1
+        succeed(running.wait())
+        assert titles(hub, "us/model") == ["initial commit", "Step 2", "Trained by gpt2scratch"]
 
 
 def test_a_push_that_was_killed_goes_on_where_it_was(run_dir, tmp_path):
@@ -345,6 +366,18 @@ def test_the_card_tells_the_run_from_its_records(run_dir):
     elapsed = lines[-1]["elapsed_seconds"]
     seconds = float(re.search(r"\| time \| ([\d.]+) seconds", card.text)[1])
     assert seconds == pytest.approx(elapsed, abs=2)
+
+
+def test_the_card_of_a_checkpoint_knows_nothing_of_what_came_after_it(run_dir, data_dir):
+    arguments = TrainArguments(data_dir=str(data_dir), output_dir=str(run_dir), max_steps=120)
+    accelerator = Accelerator(cpu=True)
+    data = open_packed(arguments.sources(), None, None, accelerator.state)
+    config = AutoConfig.from_pretrained(run_dir)
+    card = RunCard(arguments, accelerator, data, config, parameters=1, tokens_per_step=128, repo_id=None)
+    text = card.at({"step": 60, "elapsed_seconds": 1.0}).text
+    (loss,) = (line["eval_loss"] for line in metrics(run_dir) if line["step"] == 60 and "eval_loss" in line)
+    assert f"| loss, nats per token | {loss:.4f} |" in text and ", after step" not in text
+    assert "So far 60 of 120 steps." in text and "| tokens seen | 7,680 (" in text
 
 
 def test_the_card_of_a_model_of_hub_data_trained_further_on_a_stream():
