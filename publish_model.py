@@ -58,13 +58,15 @@ class PublishArguments:
             found.append(f"--format {self.format} needs an --output_dir to write to")
         elif self.output_dir and Path(self.output_dir).exists():
             found.append(
-                f"--output_dir {self.output_dir} exists: choose another or delete it, or publish what is there by "
-                f"--model_name_or_path {self.output_dir} --push_to_hub"
+                f"--output_dir {self.output_dir} exists: choose another or delete it (or publish what is there, as "
+                "--model_name_or_path)"
             )
         elif not self.format and not self.push_to_hub:
             found.append("nothing to do: give --push_to_hub, or a --format and an --output_dir")
         if self.outtype != "f32" and self.format != "gguf":
             found.append(f"--outtype {self.outtype} is for --format gguf")
+        if self.hub_model_id == "":
+            found.append("--hub_model_id is empty")
         for name in ("hub_model_id", "hub_private_repo"):
             if getattr(self, name) and not self.push_to_hub:
                 found.append(f"--{name} {getattr(self, name)} is for --push_to_hub: give both")
@@ -77,15 +79,22 @@ class PublishArguments:
 def problems_of_model(folder: str | None, format: str | None) -> list[str]:
     if not folder:
         return ["--model_name_or_path is required: a run folder"]
+    if not Path(folder).is_dir():
+        return [f"--model_name_or_path {folder} is not a folder"]
     files = {path.name for path in publish.published(Path(folder))}
-    if files & {"model.gguf", "model.onnx"} and not format:
-        return []
+    if files & {"model.gguf", "model.onnx"}:
+        return (
+            [f"--model_name_or_path {folder} was converted already: --format wants the run folder"] if format else []
+        )
     if "config.json" not in files or not any(name.endswith(".safetensors") for name in files):
         is_run = (Path(folder) / "training_args.yaml").is_file()
         why = "the run goes on when its command is given again" if is_run else "config.json and model.safetensors"
         return [f"--model_name_or_path {folder} holds no finished model: {why}"]
     if not files & {"tokenizer.json", "vocab.json"}:
-        return [f"--model_name_or_path {folder} has no tokenizer: tokenizer.json"]
+        return [
+            f"--model_name_or_path {folder} has no tokenizer.json: a checkpoint is published while it trains, by "
+            "--hub_strategy checkpoint, or with a tokenizer's files copied into it"
+        ]
     return []
 
 
@@ -113,7 +122,7 @@ def convert(args: PublishArguments, folder: Path, output_dir: Path) -> None:
         UserError: if that cannot be done. There is no half of it then.
     """
     model, tokenizer = load(folder)
-    card = converted_card(publish.read_card(folder), output_dir, args.format, model.config)
+    card = converted_card(publish.read_card(folder), output_dir, args.format, model.config, args.outtype)
     try:
         with folder_in_progress(output_dir, set(CONVERTED)) as part:
             if args.format == "gpt2":

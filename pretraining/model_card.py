@@ -30,7 +30,9 @@ from transformers import pipeline
 generator = pipeline("text-generation", model={name}{trust})
 print(generator({prompt}, max_new_tokens={new_tokens})[0]["generated_text"])
 ```"""
-GGUF = """```python
+GGUF = """With transformers (`pip install transformers gguf`):
+
+```python
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 sizes = {{"n_positions": {n_positions}, "n_inner": {n_inner}}}  # which transformers does not read from the file
@@ -40,12 +42,14 @@ generator = pipeline("text-generation", model=model, tokenizer=tokenizer)
 print(generator({prompt}, max_new_tokens={new_tokens})[0]["generated_text"])
 ```
 
-llama.cpp, and what is built on it, takes `model.gguf` as it is:
+llama.cpp, and what is built on it, takes the file `model.gguf` as it is:
 
 ```bash
 llama-completion -m model.gguf -p {shell_prompt} -n {new_tokens}
 ```"""
-ONNX = """```python
+ONNX = """With ONNX Runtime (`pip install transformers onnxruntime`):
+
+```python
 from pathlib import Path
 
 import numpy as np
@@ -84,6 +88,7 @@ USAGE: dict[Format, str] = {
     "gguf": GGUF,
     "onnx": ONNX,
 }
+NAMES = {"gpt2": "a stock GPT-2", "gguf": "GGUF", "onnx": "ONNX"}
 LIBRARY: dict[Format, str] = {"gpt2scratch": "transformers", "gpt2": "transformers", "gguf": "gguf", "onnx": "onnx"}
 
 
@@ -180,7 +185,7 @@ def model_card(record: RunRecord, config: PreTrainedConfig) -> ModelCard:
             ("", "value"),
             [
                 *_data_rows(record),
-                ("steps", f"{record.step:,} of {record.tokens // record.step:,} tokens"),
+                ("steps", f"{record.step:,}, of {record.tokens // record.step:,} tokens each"),
                 ("hardware", record.hardware),
                 ("time", duration(record.hours)),
                 ("precision", "fp32" if record.mixed_precision == "no" else f"{record.mixed_precision} autocast"),
@@ -222,7 +227,9 @@ def example_prompt(prompts: list[str], config: PreTrainedConfig) -> str:
     return next(fitting, "The")
 
 
-def converted_card(text: str | None, folder: Path, format: Format, config: PreTrainedConfig) -> ModelCard:
+def converted_card(
+    text: str | None, folder: Path, format: Format, config: PreTrainedConfig, outtype: str = "f32"
+) -> ModelCard:
     """
     The card of a model in another format, made of its own: with an example for that format. All else stays, what
     people wrote there included.
@@ -230,6 +237,7 @@ def converted_card(text: str | None, folder: Path, format: Format, config: PreTr
     Args:
         text: of the model's card, None if it has none.
         folder: where the converted model is.
+        outtype: the type of its matrices.
     """
     card = renamed_card(text, str(folder), None)
     card.data.library_name = LIBRARY[format]
@@ -237,7 +245,8 @@ def converted_card(text: str | None, folder: Path, format: Format, config: PreTr
     card.data.tags = list(dict.fromkeys([*(card.data.tags or ["gpt2"]), *([format] if format != "gpt2" else [])]))
     prompt = re.search(rf"generator\(({STRING})", card.text)
     prompts = [json.loads(prompt[1])] if prompt else []
-    section = f"{USE}\n\n{usage(format, str(folder), example_prompt(prompts, config), config)}\n\n"
+    converted = f"Converted to {NAMES[format]}, in {outtype}. The figures below were measured before that."
+    section = f"{USE}\n\n{converted}\n\n{usage(format, str(folder), example_prompt(prompts, config), config)}\n\n"
     if USE_SECTION.search(card.text):
         card.text = USE_SECTION.sub(lambda _: section, card.text)
     else:
@@ -284,6 +293,8 @@ def _quoted(text: str) -> str:
 
 
 def _read(text: str) -> ModelCard:
+    if not text.startswith("---"):  # no metadata: what the Hub needs to know at least
+        text = f"---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [gpt2]\n---\n\n{text}"
     try:
         return ModelCard(text)
     except (ValueError, TypeError, YAMLError) as error:

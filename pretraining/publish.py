@@ -7,8 +7,9 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
-from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, constants
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+from safetensors import SafetensorError, safe_open
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from pretraining.arguments import UserError, one_line
@@ -80,9 +81,7 @@ def create_repository(repo_id: str, private: bool, license: str | None = None) -
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         api.auth_check(repo_id, write=True)  # a repository that was there may be one to read only
         if private and not api.model_info(repo_id).private:
-            raise ValueError(
-                "the repository is there, and not a private one: leave --hub_private_repo out, or make it"
-            )
+            raise ValueError("it is there, and public: leave --hub_private_repo out, or make it private there")
         if license:
             ModelCard(f"---\nlicense: {license}\n---\n").validate()
     return repo_id
@@ -94,8 +93,12 @@ def push(folder: Path, repo_id: str, private: bool, message: str, license: str |
     an earlier attempt broke off is not uploaded again. Other files of the repository stay. Returns its address.
 
     Raises:
-        UserError: if the card cannot be read, the Hub refuses, or cannot be reached. There is no half of it then.
+        UserError: if the card or the weights cannot be read, the Hub refuses, or cannot be reached. There is no half of
+            it then.
     """
+    for path in published(folder):
+        if path.suffix == ".safetensors":
+            _check_weights(path)
     text = read_card(folder)
     card = renamed_card(text, repo_id, license)
     if str(folder.resolve()) in card.text:
@@ -122,6 +125,15 @@ def read_card(folder: Path) -> str | None:
         return (folder / CARD).read_text(encoding="utf-8") if (folder / CARD).exists() else None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{folder / CARD} cannot be read: {one_line(error)}") from None
+
+
+def _check_weights(path: Path) -> None:
+    """That the file is as long as it says, which one that was half copied is not."""
+    try:
+        with safe_open(path, "pt"):
+            pass
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} is damaged, and is not published: {one_line(error)}") from None
 
 
 class CheckpointPublisher:
@@ -203,5 +215,11 @@ def _told(repo_id: str) -> Iterator[None]:
         status = error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else 0
         is_refusal = 400 <= status < 500 and status not in (408, 429)  # not a time-out, nor too many requests
         is_refusal |= isinstance(error, LocalTokenNotFoundError | ValueError)  # a name or metadata that is not valid
-        kind = HubRefusal if is_refusal else UserError
-        raise kind(f"--push_to_hub {repo_id} failed: {one_line(error)}") from None
+        problem = one_line(error)
+        if status in (401, 403):
+            problem += " (`hf auth login`, or HF_TOKEN, with a token that may write)"
+        elif isinstance(error, HFValidationError):
+            problem += " (--hub_model_id gives it another name)"
+        elif not is_refusal:
+            problem += f" ({constants.ENDPOINT})"
+        raise (HubRefusal if is_refusal else UserError)(f"--push_to_hub {repo_id} failed: {problem}") from None

@@ -134,6 +134,8 @@ class TrainArguments:
             found.append("--hellaswag_file is for --hellaswag_steps: give both")
         if self.hellaswag_file and not Path(self.hellaswag_file).is_file():
             found.append(f"--hellaswag_file {self.hellaswag_file} is not a file")
+        if self.hub_model_id == "":
+            found.append("--hub_model_id is empty")
         for name in ("hub_model_id", "hub_private_repo"):
             if getattr(self, name) and not self.push_to_hub:
                 found.append(f"--{name} {getattr(self, name)} is for --push_to_hub: give both")

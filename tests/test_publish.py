@@ -11,7 +11,6 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
 
 import huggingface_hub
 import processes
@@ -31,7 +30,7 @@ import train_accelerate
 from modeling_gpt2scratch import GPT2ScratchConfig
 from pretraining.arguments import run_script
 from pretraining.checkpoint_folders import complete_checkpoints, verify
-from pretraining.model_card import Format, RunRecord, converted_card, model_card, renamed_card
+from pretraining.model_card import RunRecord, converted_card, model_card, renamed_card
 from pretraining.run_card import RunCard
 from pretraining.signals import STOPPED
 from pretraining.sources import open_packed
@@ -230,7 +229,7 @@ def test_what_the_hub_refuses_is_told_before_training(data_dir, tmp_path, use_hu
         (line,) = refuse(train_accelerate, *flags, "--hub_model_id", "us/model")
         assert "--push_to_hub us/model failed: " in line and "403" in line
         (line,) = refuse(train_accelerate, *flags, "--hub_model_id", "us/model", "--hub_private_repo")
-        assert "--push_to_hub us/model failed: the repository is there, and not a private one" in line
+        assert "--push_to_hub us/model failed: it is there, and public: leave --hub_private_repo out" in line
         hub.fail(times=1, status=400, matching="/api/validate-yaml")
         (line,) = refuse(train_accelerate, *flags, "--hub_model_id", "us/model", "--license", "gpl")
         assert "--push_to_hub us/model failed: " in line
@@ -246,7 +245,7 @@ def test_a_finished_run_is_published_by_a_command(run_dir, data_dir, use_hub, pu
         command = ("--model_name_or_path", run_dir, "--push_to_hub", "--hub_model_id", "us/model")
         status, _, errors = publish(*command)
         assert status == 2 and errors.startswith("publish_model.py: error: --push_to_hub us/model failed: ")
-        assert "401" in errors and errors.count("\n") == 1
+        assert "401" in errors and "a token that may write" in errors and errors.count("\n") == 1
         assert not hub.repositories
 
         use_hub(hub)
@@ -429,7 +428,7 @@ def test_the_card_of_a_model_of_hub_data_trained_further_on_a_stream():
     assert 'generator("He said \\"", max_new_tokens=60)' in card.text  # the first prompt that leaves room
     # A folder of an awkward name, under which the model is converted, and published.
     folder = 'a "b" \\t'
-    for format in get_args(Format):
+    for format in ("gpt2", "gguf", "onnx"):
         converted = converted_card(str(card), Path(folder), format, GPT2ScratchConfig())
         for each in (converted, renamed_card(str(converted), "us/other", None)):
             for block in code_blocks(str(each)):
@@ -463,6 +462,7 @@ def test_what_the_card_of_another_format_says_writes_the_same_text(format, run_d
     folder = converted(publish, format)
     card = ModelCard.load(folder / "README.md")
     assert "trust_remote_code" not in card.text and "## Evaluation" in card.text
+    assert ", in f32. The figures below were measured before that." in card.text
     assert card.data.eval_results  # those of the run
     assert (folder / "plots/loss.png").is_file()
     files = {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != "README.md"}
@@ -618,7 +618,7 @@ def test_a_card_without_records_and_one_that_people_wrote_in(run_dir, tmp_path, 
             assert status == 2 and problem in errors and errors.count("\n") == 1
         bare = hub.files("us/bare", "model")["README.md"].decode()
         edited = ModelCard(hub.files("us/edited", "model")["README.md"].decode())
-    assert "# bare" in bare
+    assert "# bare" in bare and "library_name: transformers" in bare
     assert "## Thanks\n\nTo all." in edited.text and edited.data.language == "en"
     assert 'model="us/edited"' in edited.text and edited.data.eval_results
 
@@ -633,7 +633,9 @@ def test_a_converted_model_is_published_too(converted, run_dir, tmp_path, use_hu
         status, output, errors = publish(*command, "--hub_model_id", "us/stock")
         assert status == 2 and output == f"written as {folder}\n" and "--push_to_hub us/stock failed: " in errors
         status, _, errors = publish(*command, "--hub_model_id", "us/stock")
-        assert status == 2 and f"publish what is there by --model_name_or_path {folder} --push_to_hub" in errors
+        assert (
+            status == 2 and "exists: choose another or delete it (or publish what is there, as --model_name" in errors
+        )
         wanted = {
             folder: WHOLE - CODE,
             converted(publish, "gguf"): {"model.gguf", "README.md"},
@@ -659,9 +661,14 @@ def test_a_converted_model_is_published_too(converted, run_dir, tmp_path, use_hu
         ),
         (
             ("--model_name_or_path", "RUN/checkpoint-000060", "--push_to_hub", "--license", "My own"),
-            ["checkpoint-000060 has no tokenizer", "--license My own is not a name as the Hub has them"],
+            [
+                "checkpoint-000060 has no tokenizer.json: a checkpoint is published while it trains",
+                "--license My own is not a name as the Hub has them",
+            ],
         ),
         (("--model_name_or_path", "EMPTY", "--push_to_hub"), ["EMPTY holds no finished model"]),
+        (("--model_name_or_path", "gpt2", "--push_to_hub"), ["--model_name_or_path gpt2 is not a folder"]),
+        (("--model_name_or_path", "RUN", "--push_to_hub", "--hub_model_id", ""), ["--hub_model_id is empty"]),
         (
             ("--model_name_or_path", "RUN", "--hub_model_id", "a/b"),
             ["nothing to do", "--hub_model_id a/b is for --push_to_hub: give both"],
@@ -696,6 +703,8 @@ def test_a_conversion_that_fails_leaves_nothing(run_dir, tmp_path, publish):
     (tmp_path / "model/model.safetensors").write_bytes(b"damaged")
     status, _, errors = publish(*command)
     assert status == 2 and f"{tmp_path / 'model'} cannot be loaded" in errors and "Traceback" not in errors
+    status, _, errors = publish("--model_name_or_path", tmp_path / "model", "--push_to_hub")
+    assert status == 2 and f"{tmp_path / 'model/model.safetensors'} is damaged, and is not published" in errors
     command = ("--model_name_or_path", run_dir, "--format", "gpt2", "--output_dir", tmp_path / "out")
     full = processes.start("publish_model.py", *command, fault=no_room_for_weights).wait()
     assert full.returncode == 2 and full.stderr.count("\n") == 1
