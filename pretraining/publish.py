@@ -93,8 +93,7 @@ def push(folder: Path, repo_id: str, private: bool, message: str, license: str |
     an earlier attempt broke off is not uploaded again. Other files of the repository stay. Returns its address.
 
     Raises:
-        UserError: if the card or the weights cannot be read, the Hub refuses, or cannot be reached. There is no half of
-            it then.
+        UserError: if card or weights cannot be read, or the Hub refuses or cannot be reached. There is no half of it.
     """
     for path in published(folder):
         if path.suffix == ".safetensors":
