@@ -44,6 +44,7 @@ from pretraining.arguments import ProcessError, UserError, parse_arguments, run_
 from pretraining.checkpoint import CheckpointWriter, LoopState, full_weights, generator_states, load_checkpoint
 from pretraining.checkpoint_folders import BEST, best_checkpoint, checkpoint_folder, set_aside_later
 from pretraining.evaluation import encode_prompts, evaluate, write_samples
+from pretraining.hub import HubRefusal
 from pretraining.identity import identity, is_same_data
 from pretraining.incidents import describe, sentence
 from pretraining.inputs import model_inputs
@@ -185,7 +186,7 @@ def open_repository(args: TrainArguments, state: PartialState) -> str:
         name = args.hub_model_id or title_of(args.output_dir)
         try:
             return publish.create_repository(name, args.hub_private_repo, args.license or LICENSE)
-        except publish.HubRefusal:
+        except HubRefusal:
             raise
         except UserError as error:
             print(f"warning: {error}; it is tried again when there is something to publish", file=sys.stderr)
@@ -604,7 +605,7 @@ def finish(
 def publish_final(args: TrainArguments, repo_id: str) -> None:
     try:
         print(f"published as {publish.push(Path(args.output_dir), repo_id, args.hub_private_repo, FINAL)}")
-    except publish.HubRefusal:
+    except HubRefusal:
         raise
     except UserError as error:
         print(f"warning: {error}; the same command, when it can be reached, publishes the run", file=sys.stderr)

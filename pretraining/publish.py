@@ -4,17 +4,17 @@ import contextlib
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, constants
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
 from safetensors import SafetensorError, safe_open
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from pretraining.arguments import UserError, one_line
 from pretraining.checkpoint_folders import step_of
 from pretraining.files import INCOMPLETE
+from pretraining.hub import told
 from pretraining.model_card import CARD, renamed_card
 
 WEIGHTS = "model.safetensors"
@@ -24,10 +24,6 @@ PUBLISHED = """config.json generation_config.json model.safetensors model-*-of-*
     model.safetensors.index.json modeling_gpt2scratch.py configuration_gpt2scratch.py packing.py
     linear_cross_entropy.py tokenizer.json tokenizer_config.json vocab.json merges.txt special_tokens_map.json
     added_tokens.json chat_template.jinja plots/*.png model.gguf onnx/model.onnx onnx/model.onnx_data""".split()
-
-
-class HubRefusal(UserError):
-    """The Hub was reached, and does not allow it; asking again later will not help."""
 
 
 def is_finished(output_dir: Path) -> bool:
@@ -77,7 +73,7 @@ def create_repository(repo_id: str, private: bool, license: str | None = None) -
         UserError: if the Hub cannot be reached; HubRefusal if it refuses that, or to write there.
     """
     api = HfApi()
-    with _told(repo_id):
+    with told(repo_id):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         api.auth_check(repo_id, write=True)  # a repository that was there may be one to read only
         if private and not api.model_info(repo_id).private:
@@ -104,7 +100,7 @@ def push(folder: Path, repo_id: str, private: bool, message: str, license: str |
         raise UserError(f"{folder / CARD} tells a path of this machine, {folder.resolve()}: take it out")
     repo_id = create_repository(repo_id, private)
     card = renamed_card(text, repo_id, license)
-    with _told(repo_id):
+    with told(repo_id):
         operations = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in published(folder)]
         operations.append(CommitOperationAdd(CARD, str(card).encode()))
         commit = HfApi().create_commit(repo_id, operations, commit_message=message)
@@ -203,22 +199,3 @@ def _keep(source: Path, target: Path) -> None:
             os.link(source, target)
             return
     shutil.copyfile(source, target)
-
-
-@contextlib.contextmanager
-def _told(repo_id: str) -> Iterator[None]:
-    """What goes wrong within, on the Hub or on the way to it, becomes a `UserError` of one line."""
-    try:
-        yield
-    except Exception as error:  # a refused token, no network, a full repository: of several libraries
-        status = error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else 0
-        is_refusal = 400 <= status < 500 and status not in (408, 429)  # not a time-out, nor too many requests
-        is_refusal |= isinstance(error, LocalTokenNotFoundError | ValueError)  # a name or metadata that is not valid
-        problem = one_line(error)
-        if status in (401, 403):
-            problem += " (`hf auth login`, or HF_TOKEN, with a token that may write)"
-        elif isinstance(error, HFValidationError):
-            problem += " (--hub_model_id gives it another name)"
-        elif not is_refusal:
-            problem += f" ({constants.ENDPOINT})"
-        raise (HubRefusal if is_refusal else UserError)(f"--push_to_hub {repo_id} failed: {problem}") from None

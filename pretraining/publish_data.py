@@ -5,7 +5,8 @@ from pathlib import Path
 
 from huggingface_hub import DatasetCard, DatasetCardData, HfApi
 
-from pretraining.arguments import UserError, one_line
+from pretraining.arguments import UserError
+from pretraining.hub import told
 from pretraining.shards import checksum_problem
 
 
@@ -21,7 +22,7 @@ def push_dataset(folder: Path, repo_id: str, private: bool) -> str:
     if damaged := [problem for shard in shards if (problem := checksum_problem(folder / shard["file"], shard))]:
         raise UserError(*damaged)
     api = HfApi()
-    try:
+    with told(repo_id):
         dataset_card(info, repo_id).save(folder / "README.md")
         repo_id = api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True).repo_id
         commit = api.upload_folder(
@@ -32,8 +33,6 @@ def push_dataset(folder: Path, repo_id: str, private: bool) -> str:
             delete_patterns=["*.arrow"],  # of data that was there before
             commit_message="Packed by gpt2scratch",
         )
-    except Exception as error:  # a refused token, no network, a full repository: of several libraries
-        raise UserError(f"--push_to_hub {repo_id} failed: {one_line(error)}") from None
     return f"{repo_id}, revision {commit.oid}"
 
 

@@ -53,6 +53,7 @@ def test_a_published_data_folder_trains_by_name_as_it_does_from_its_folder(data_
         refused = script("prepare_data.py", *prepared, **{**hub.environment(tmp_path / "me"), "HF_TOKEN": "wrong"})
         assert refused.returncode == 2
         assert "error: --push_to_hub us/packed failed" in refused.stderr and "Traceback" not in refused.stderr
+        assert "a token that may write" in refused.stderr
 
         for _ in range(2):  # the second time there is nothing to do
             assert (
