@@ -2,6 +2,7 @@
 #              but Python packages)
 # make test    the whole test suite
 # make check   formatting and lint
+# make bench   what docs/benchmarks.md says of speed and memory, measured on this machine (about two hours)
 
 PYTHON := .venv/bin/python
 ACCELERATE := .venv/bin/accelerate launch
@@ -14,7 +15,7 @@ LAUNCH = $(shell if nvidia-smi -L >/dev/null 2>&1; then echo --config_file accel
 		--num_cpu_threads_per_process $$($(PYTHON) -c 'import psutil; print(psutil.cpu_count(logical=False) or 1)'); \
 		grep -qsE 'avx512_bf16|amx_bf16' /proc/cpuinfo || echo --mixed_precision no; fi)
 
-.PHONY: train test check format
+.PHONY: train test check format bench
 
 train: data/demo/dataset.json
 	@if [ -f runs/demo/model.safetensors ]; then \
@@ -51,6 +52,10 @@ check: $(READY)
 format: $(READY)
 	$(PYTHON) -m ruff format .
 	$(PYTHON) -m ruff check --fix .
+
+# Two of them train on the demo's data.
+bench: data/demo/dataset.json
+	$(PYTHON) benchmarks/report.py
 
 $(READY): requirements.txt
 	@python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed"; exit 1; }

@@ -58,7 +58,7 @@ from pretraining.launch import (
 )
 from pretraining.memory import fit_into_memory
 from pretraining.model_card import LICENSE, duration, title_of
-from pretraining.models import build_model, check_fit, load_config
+from pretraining.models import attention_on, build_model, check_fit, load_config
 from pretraining.optim import build_optimizers, learning_rate_factor, parameter_groups, set_learning_rate
 from pretraining.plots import plot_hellaswag, plot_loss
 from pretraining.published import comparable_losses
@@ -218,7 +218,8 @@ def train(
     """
     output_dir, num_processes = Path(args.output_dir), split.num_processes
     set_seed(args.seed)
-    model = build_model(config, args.model_name_or_path, args.attn_implementation, args.gradient_checkpointing)
+    attention = attention_on(accelerator.device, accelerator.mixed_precision, args.attn_implementation)
+    model = build_model(config, args.model_name_or_path, attention, args.gradient_checkpointing)
     groups = [sum(map(torch.numel, group)) for group in parameter_groups(model)]
     optimizers = build_optimizers(model, args.optim, args.learning_rate, args.weight_decay, accelerator.device)
     model, *optimizers = accelerator.prepare(model, *optimizers)

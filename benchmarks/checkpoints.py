@@ -4,7 +4,7 @@ How long a checkpoint of GPT-2 124M stalls training, and what of it is hashing.
     python benchmarks/checkpoints.py --output_dir /tmp/checkpoints
 
 Saves and loads one with AdamW's state (1.5 GB) `--rounds` times, through the code that the training loop calls, and
-prints medians in seconds:
+prints medians of these, in seconds:
 
     step          forward and backward pass of a row, and AdamW's update, while nothing is written
     stall         what training waits for when a checkpoint is due
@@ -32,6 +32,7 @@ from transformers.utils.logging import disable_progress_bar
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks import side_by_side
 from modeling_gpt2scratch import GPT2ScratchConfig, GPT2ScratchForCausalLM
 from pretraining import hardware
 from pretraining.arguments import flag, parse_arguments, run_script
@@ -92,10 +93,19 @@ def main() -> None:
         measure("load", partial(load_checkpoint, accelerator, folder, model, optimizers))
         measure("plain write", partial(plain_write, model, optimizers[0], output_dir))
     size = sum(path.stat().st_size for path in folder.iterdir())
-    print(f"{args.config_name}, {size / 1e9:.2f} GB, {hardware.device_description(accelerator.device, 1)}")
-    for name, values in seconds.items():
-        print(f"{name:12} {statistics.median(values):6.2f}   {min(values):.2f} to {max(values):.2f}")
     shutil.rmtree(output_dir)
+    rows = [
+        [name, f"{statistics.median(values):.2f}", f"{min(values):.2f} to {max(values):.2f}"]
+        for name, values in seconds.items()
+    ]
+    lines = [
+        side_by_side.here("torch", "accelerate", "safetensors"),
+        "",
+        f"{args.config_name} with AdamW's state, {size / 1e9:.2f} GB, {args.rounds} checkpoints:",
+        "",
+        *side_by_side.table(["seconds", "median", "range"], rows),
+    ]
+    print("\n".join(lines))
 
 
 def hash_all(folder: Path) -> None:

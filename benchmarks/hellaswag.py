@@ -29,6 +29,7 @@ from torch.nn.functional import cross_entropy
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks import side_by_side
 from eval_hellaswag import Protocol, can_be_trees, encode_items, load_hub_items, load_items, score_items
 from modeling_gpt2scratch import GPT2ScratchConfig, GPT2ScratchForCausalLM
 from pretraining import hardware
@@ -81,18 +82,26 @@ def main() -> None:
         protocol: [item.lengths for item in encode_items(model.config, tokenizer, items, protocol)]
         for protocol in ("completion", "lm_eval")
     }
-    place = hardware.device_description(device, 1)
-    print(f"{args.config_name}, {len(items)} items, {batch_size} at once, {args.rounds} rounds, {place}")
+    rows = []
     for name in programs:
         other = "one at a time" if name.startswith(("one", "completion")) else "lm-eval"
         ratio = statistics.median(slow / fast for slow, fast in zip(seconds[other], seconds[name], strict=True))
         rate = len(items) / statistics.median(seconds[name])
         protocol = "completion" if other == "one at a time" else "lm_eval"
-        changed = zip(choices(sums[name], lengths[protocol]), choices(sums[protocol], lengths[protocol]), strict=True)
-        print(
-            f"{name:18} {rate:8.2f} items/s, {ratio:5.2f} times {other}, log-likelihoods within "
-            f"{furthest(sums[name], sums[protocol]):.1e}, {sum(one != other for one, other in changed)} other choices"
+        pairs = zip(choices(sums[name], lengths[protocol]), choices(sums[protocol], lengths[protocol]), strict=True)
+        changed = sum(one != two for one, two in pairs)
+        rows.append(
+            [name, f"{rate:.2f}", f"{ratio:.2f} ({other})", f"{furthest(sums[name], sums[protocol]):.1e}", changed]
         )
+    header = ["", "items a second", "times that of", "log-likelihoods within", "other choices"]
+    lines = [
+        side_by_side.here("torch", "transformers", "lm-eval"),
+        "",
+        f"{args.config_name}, {len(items)} items, {batch_size} at once, medians of {args.rounds} rounds:",
+        "",
+        *side_by_side.table(header, rows),
+    ]
+    print("\n".join(lines))
 
 
 def one_at_a_time(model, tokenizer, items: list[dict]) -> Sums:

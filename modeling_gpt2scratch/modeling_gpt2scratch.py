@@ -36,6 +36,8 @@ AUTO_MAP = {
     "AutoModel": "modeling_gpt2scratch.GPT2ScratchModel",
     "AutoModelForCausalLM": "modeling_gpt2scratch.GPT2ScratchForCausalLM",
 }
+# GPT-2's own spelling of the tanh approximation of GELU: the same formula, which torch has as one operation.
+FUSED = {"gelu_new": "gelu_pytorch_tanh"}
 LOADING = RLock()  # one model at a time, since transformers' register of weight names is the process's
 
 
@@ -106,7 +108,7 @@ class GPT2ScratchMLP(nn.Module):
     def __init__(self, config: GPT2ScratchConfig):
         super().__init__()
         self.up_proj = nn.Linear(config.n_embd, config.n_inner)
-        self.act_fn = ACT2FN[config.activation_function]
+        self.act_fn = ACT2FN[FUSED.get(config.activation_function, config.activation_function)]
         self.down_proj = nn.Linear(config.n_inner, config.n_embd)
         self.down_proj.is_residual_projection = True
 

@@ -6,6 +6,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from modeling_gpt2scratch import PRESETS, GPT2ScratchConfig, GPT2ScratchForCausalLM
 from pretraining.arguments import UserError, nearest, one_line
+from pretraining.tiled_attention import TILED
 
 
 def load_config(
@@ -98,6 +99,12 @@ def check_fit(config: PreTrainedConfig, vocab_size: int, block_size: int) -> Non
         )
     if problems:
         raise UserError(*problems)
+
+
+def attention_on(device: torch.device, mixed_precision: str, attn_implementation: str) -> str:
+    """What computes `attn_implementation` there: of torch's sdpa, whose kernel for CPUs is slow in bf16, `TILED`."""
+    is_slow = attn_implementation == "sdpa" and device.type == "cpu" and mixed_precision == "bf16"
+    return TILED if is_slow else attn_implementation
 
 
 def build_model(

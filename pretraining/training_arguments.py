@@ -67,7 +67,9 @@ class TrainArguments:
     weight_decay: float = flag(0.1, "decoupled weight decay, of matrices only")
     max_grad_norm: float = flag(1.0, "the norm that gradients are clipped to; 0 does not clip")
     seed: int = flag(42, "of the initial weights, the order of the rows and dropout")
-    attn_implementation: Literal["eager", "sdpa", "flex_attention", "flash_attention_2"] = flag("sdpa", "attention")
+    attn_implementation: Literal["eager", "sdpa", "flex_attention", "flash_attention_2"] = flag(
+        "sdpa", "attention; sdpa is torch's own, and on a CPU in bf16 one in tiles, to the same effect"
+    )
     gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass, to save memory")
     torch_compile: bool = flag(False, "compile the model: the first steps take a minute or two, the others less time")
     dataloader_num_workers: int = flag(0, "worker processes that read rows")

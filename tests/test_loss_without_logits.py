@@ -33,7 +33,7 @@ def assert_equal_to(expected, actual, tolerance):
 @pytest.mark.parametrize("vocab_size", [101, 128])
 @pytest.mark.parametrize(("tile", "cpu_block"), [(8192, 1 << 20), (64 * 4, 1 << 20), (8192, 1)])
 def test_loss_and_gradients_are_those_of_the_plain_form(monkeypatch, vocab_size, tile, cpu_block):
-    monkeypatch.setattr(module, "TILE", tile)
+    monkeypatch.setattr(module, "CPU_TILE", tile)
     monkeypatch.setattr(module, "CPU_BLOCK", cpu_block)
     hidden_states, weight, labels = inputs(vocab_size=vocab_size)
     expected = plain(hidden_states, weight, labels)
@@ -121,7 +121,7 @@ class LargestTensor(TorchDispatchMode):
 
 
 def test_a_training_step_never_holds_the_logits(monkeypatch):
-    monkeypatch.setattr(module, "TILE", 16 * 4)
+    monkeypatch.setattr(module, "CPU_TILE", 16 * 4)
     model = tiny_model(vocab_size=5000, n_layer=1).train()
     ids = random_ids(4, 24, vocab_size=5000)
     logits = 4 * 24 * 5000

@@ -7,6 +7,8 @@ import torch
 from tiny_models import random_ids, randomise, stock_model_with_the_weights_of, tiny_model
 from transformers import DynamicCache
 
+from pretraining.tiled_attention import TILED
+
 LENGTHS = [(5, 1, 7, 3), (16,)]  # of the documents in two rows of 16 tokens
 
 
@@ -34,7 +36,7 @@ def packed_model(**changes):
 # flex_attention is compiled anew for each case: two of the four do.
 @pytest.mark.parametrize(
     ("attn_implementation", "use_cache", "masked"),
-    [(name, *case) for name in ("eager", "sdpa") for case in product((True, False), repeat=2)]
+    [(name, *case) for name in ("eager", "sdpa", TILED) for case in product((True, False), repeat=2)]
     + [("flex_attention", True, False), ("flex_attention", False, True)],
 )
 def test_no_document_sees_another(attn_implementation, use_cache, masked):

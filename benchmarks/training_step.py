@@ -1,0 +1,162 @@
+"""
+Tokens a second of a training step: forward and backward pass, clipping and the optimizer's update, in bf16.
+
+    python benchmarks/training_step.py                  # GPT-2 124M and the demo's shape on a CPU, about an hour
+    python benchmarks/training_step.py --shape 124M --per_device_train_batch_size 32        # on a GPU
+
+Ours is `pretraining.steps.train_step` as train_accelerate.py calls it; stock is transformers' GPT2LMHeadModel in a
+plain loop, nanoGPT's a transcription of its model (`peers.py`) in the same loop. All have AdamW with torch's fused
+kernel, no dropout, and random tokens. On a CPU the peers run with glibc's allocator as it is, which is how they come,
+and, in the lines of "tuned", with `hardware.keep_freed_memory` as ours does. Each is a process, in turns.
+"""
+
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.optim import AdamW
+from transformers import GPT2Config, GPT2LMHeadModel
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks import side_by_side
+from benchmarks.peers import NanoGPT
+from modeling_gpt2scratch import GPT2ScratchConfig
+from pretraining import hardware
+from pretraining.arguments import flag, parse_arguments, run_script
+from pretraining.inputs import model_inputs
+from pretraining.models import attention_on, build_model
+from pretraining.optim import ADAM_BETAS, build_optimizers
+from pretraining.steps import train_step
+
+SHAPES = {
+    "124M": {"n_layer": 12, "n_embd": 768, "n_head": 12, "n_positions": 1024, "vocab_size": 50_257},
+    "demo": {"n_layer": 4, "n_embd": 256, "n_head": 4, "n_positions": 256, "vocab_size": 8_192},
+}
+NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": 0, "eos_token_id": 0}
+BATCH_SIZES = {"124M": 4, "demo": 16}
+TIMED_STEPS = {"124M": 2, "demo": 15}
+TUNED, COMPILED = ", tuned", ", compiled"
+LLM_C = 468_000  # tokens/s of this model on one H100, the figure usually quoted of llm.c; not measured here
+
+
+@dataclass
+class BenchmarkArguments:
+    shape: Literal["both", "124M", "demo"] = flag("both", "the model")
+    per_device_train_batch_size: int = flag(None, "rows of a step: 4 of the 124M shape, 16 of the demo's if left out")
+    rounds: int = flag(5, "processes of each")
+    measure: str = flag(None, "measure this one, in this process")
+
+
+def measure(args: BenchmarkArguments) -> dict[str, float]:
+    device = side_by_side.device()
+    peer, is_compiled = args.measure.split(",")[0], COMPILED in args.measure
+    if device.type == "cpu" and (peer == "ours" or TUNED in args.measure):
+        hardware.keep_freed_memory()
+    torch.manual_seed(0)
+    shape = SHAPES[args.shape]
+    rows = torch.randint(shape["vocab_size"], (args.per_device_train_batch_size, shape["n_positions"] + 1))
+    step = (ours if peer == "ours" else plain_loop)(peer, shape, rows, device, is_compiled)
+    step()
+    step()
+    times = [side_by_side.seconds(step) for _ in range(TIMED_STEPS[args.shape])]
+    rate = (rows.numel() - len(rows)) / statistics.median(times)
+    return {"tokens/s": rate, "megabytes": side_by_side.memory(peak=True)}
+
+
+def ours(_: str, shape: dict, rows: torch.Tensor, device: torch.device, is_compiled: bool) -> Callable[[], object]:
+    accelerator = Accelerator(mixed_precision="bf16", cpu=device.type == "cpu")
+    attention = attention_on(device, "bf16", "sdpa")
+    model = build_model(GPT2ScratchConfig(**shape, **NO_DROPOUT), None, attention, gradient_checkpointing=False)
+    optimizers = build_optimizers(model, "adamw", 6e-4, 0.1, device)
+    if is_compiled:
+        model = torch.compile(model)
+    model, *optimizers = accelerator.prepare(model, *optimizers)
+    inputs = model_inputs(rows[:, :-1], device, None, shape["vocab_size"])
+    return lambda: train_step(model, optimizers, [inputs], accelerator, max_grad_norm=1.0)
+
+
+def plain_loop(peer: str, shape: dict, rows: torch.Tensor, device: torch.device, is_compiled: bool) -> Callable:
+    if peer == "stock":
+        model = GPT2LMHeadModel(GPT2Config(**shape, **NO_DROPOUT)).to(device).train()
+    else:
+        model = NanoGPT(**shape).to(device)
+    optimizer = AdamW(model.parameters(), lr=6e-4, betas=ADAM_BETAS, weight_decay=0.1, fused=True)
+    called = torch.compile(model) if is_compiled else model
+    rows = rows.to(device)
+    inputs, targets = rows[:, :-1], rows[:, 1:]
+
+    def step() -> None:
+        with torch.autocast(device.type, torch.bfloat16):
+            if peer == "stock":
+                loss = called(input_ids=inputs, labels=inputs, use_cache=False).loss
+            else:
+                loss = called(inputs, targets)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        loss.item()
+
+    return step
+
+
+def section(args: BenchmarkArguments, shape: str) -> list[str]:
+    on_gpu = torch.cuda.is_available()
+    batch_size = args.per_device_train_batch_size or BATCH_SIZES[shape]
+    names = ["ours", "ours" + COMPILED]
+    for peer in ("stock", "nanoGPT's"):
+        names += [peer, peer + COMPILED] if on_gpu else [peer, peer + TUNED, peer + TUNED + COMPILED]
+    flags = ["--shape", shape, "--per_device_train_batch_size", batch_size]
+    measured = side_by_side.in_turns(__file__, names, args.rounds, *flags)
+    best = max(names[:2], key=lambda name: side_by_side.median(measured, name, "tokens/s"))
+    flops = hardware.flops_per_token(*sizes(shape))
+    peak = hardware.peak_flops(side_by_side.device())
+    rows = []
+    for name in names:
+        rate = side_by_side.median(measured, name, "tokens/s")
+        figures = [f"{rate:,.0f}", f"{side_by_side.median(measured, name, 'megabytes'):,.0f}"]
+        if peak:
+            figures.append(f"{rate * flops / peak:.1%}")
+        against = ["", ""]
+        if not name.startswith("ours"):
+            against[0] = f"{side_by_side.ratio(measured, best, name, 'tokens/s'):.2f}"
+            against[1] = f"{side_by_side.ratio(measured, best, name, 'megabytes'):.2f}"
+        rows.append([name, *figures, *against])
+    header = ["", "tokens/s", "peak MB", *(["MFU"] if peak else []), f'"{best}" is so many times as fast', "takes"]
+    described = (
+        f"{shape}, {batch_size} rows of {SHAPES[shape]['n_positions']} tokens, medians of {args.rounds} rounds:"
+    )
+    lines = ["", described, "", *side_by_side.table(header, rows)]
+    if on_gpu and shape == "124M":
+        rate = side_by_side.median(measured, best, "tokens/s")
+        lines += ["", f"Of llm.c {LLM_C:,} tokens/s are quoted on one H100: ours is {rate / LLM_C:.2f} of it."]
+    return lines
+
+
+def sizes(shape: str) -> tuple[int, int, int, int]:
+    config = GPT2ScratchConfig(**SHAPES[shape], **NO_DROPOUT)
+    with torch.device("meta"):
+        parameters = build_model(config, None, "sdpa", gradient_checkpointing=False).num_parameters()
+    return parameters, config.n_layer, config.n_embd, config.n_positions
+
+
+def main() -> None:
+    args = parse_arguments(BenchmarkArguments, __doc__)
+    if args.measure:
+        print(json.dumps(measure(args)))
+        return
+    shapes = SHAPES if args.shape == "both" else [args.shape]
+    lines = [line for shape in shapes for line in section(args, shape)]
+    print("\n".join([side_by_side.here("torch", "transformers", "accelerate"), *lines]))
+
+
+if __name__ == "__main__":
+    run_script(main)
