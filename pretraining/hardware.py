@@ -4,8 +4,6 @@ import ctypes
 import platform
 
 import torch
-from torch import nn
-from torch.overrides import TorchFunctionMode
 
 # Dense bf16 peak of one device with fp32 accumulation, in FLOP/s, from the vendors' data sheets. The first name that
 # occurs in the device's name counts.
@@ -57,28 +55,3 @@ def keep_freed_memory() -> None:
     libc = ctypes.CDLL(None)
     libc.mallopt(m_mmap_threshold, 1 << 30)
     libc.mallopt(m_trim_threshold, (1 << 31) - 1)
-
-
-class OneDnnLinear(TorchFunctionMode):
-    """
-    Within it, `nn.functional.linear` in fp32 without gradients is oneDNN's on a CPU, in place of MKL's: the same but
-    for rounding, and twice as fast where the CPU is not Intel's, of which MKL uses half.
-    """
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is nn.functional.linear and not kwargs and self._is_for(*args):
-            hidden, weight, *bias = args
-            return torch.ops.mkldnn._linear_pointwise(hidden, weight, *(bias or [None]), "none", [], "")
-        return function(*args, **(kwargs or {}))
-
-    @staticmethod
-    def _is_for(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> bool:
-        tensors = [tensor for tensor in (hidden, weight, bias) if tensor is not None]
-        return (
-            # Not a sharded or quantised one.
-            all(type(tensor) in (torch.Tensor, nn.Parameter) and tensor.device.type == "cpu" for tensor in tensors)
-            and all(tensor.dtype == torch.float32 for tensor in tensors)
-            and not torch.is_grad_enabled()
-            and not torch.is_autocast_enabled("cpu")
-            and torch.backends.mkldnn.is_available()
-        )

@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils.generic import is_flash_attention_requested
 
-from pretraining.hardware import OneDnnLinear
+from modeling_gpt2scratch.one_dnn import OneDnnLinear
 
 ROWS_OF_LOGITS = 64  # normalised at once: a few megabytes, which stay in a CPU's cache
 

@@ -22,8 +22,9 @@ WEIGHTS = "model.safetensors"
 # file, and nothing else that happens to lie there.
 PUBLISHED = """config.json generation_config.json model.safetensors model-*-of-*.safetensors
     model.safetensors.index.json modeling_gpt2scratch.py configuration_gpt2scratch.py packing.py
-    linear_cross_entropy.py tokenizer.json tokenizer_config.json vocab.json merges.txt special_tokens_map.json
-    added_tokens.json chat_template.jinja plots/*.png model.gguf onnx/model.onnx onnx/model.onnx_data""".split()
+    linear_cross_entropy.py one_dnn.py tokenizer.json tokenizer_config.json vocab.json merges.txt
+    special_tokens_map.json added_tokens.json chat_template.jinja plots/*.png model.gguf onnx/model.onnx
+    onnx/model.onnx_data""".split()
 
 
 def is_finished(output_dir: Path) -> bool:

@@ -5,7 +5,7 @@ import torch
 from torch.nn.functional import linear
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pretraining.hardware import OneDnnLinear
+from modeling_gpt2scratch.one_dnn import OneDnnLinear
 
 
 class Recorder(TorchDispatchMode):

@@ -36,7 +36,13 @@ from pretraining.signals import STOPPED
 from pretraining.sources import open_packed
 from pretraining.training_arguments import TrainArguments
 
-CODE = {"modeling_gpt2scratch.py", "configuration_gpt2scratch.py", "packing.py", "linear_cross_entropy.py"}
+CODE = {
+    "modeling_gpt2scratch.py",
+    "configuration_gpt2scratch.py",
+    "packing.py",
+    "linear_cross_entropy.py",
+    "one_dnn.py",
+}
 TOKENIZER = {"tokenizer.json", "tokenizer_config.json"}
 WHOLE = {"config.json", "generation_config.json", "model.safetensors", "README.md", *CODE, *TOKENIZER}
 TOKEN = "hf_secret"

@@ -45,6 +45,12 @@ def test_the_hub_gets_later_what_it_could_not_get(data_dir, tmp_path):
         )
         published = hub.files("us/model", "model")
     assert published["model.safetensors"] == (tmp_path / "run/model.safetensors").read_bytes()
-    code = {"modeling_gpt2scratch.py", "configuration_gpt2scratch.py", "packing.py", "linear_cross_entropy.py"}
+    code = {
+        "modeling_gpt2scratch.py",
+        "configuration_gpt2scratch.py",
+        "packing.py",
+        "linear_cross_entropy.py",
+        "one_dnn.py",
+    }
     rest = {"config.json", "generation_config.json", "README.md", "tokenizer.json", "tokenizer_config.json"}
     assert set(published) - {".gitattributes"} == {"model.safetensors", "plots/loss.png", *code, *rest}
