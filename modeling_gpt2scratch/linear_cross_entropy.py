@@ -162,10 +162,13 @@ def _loss_of_tile(
     in_cache = logits.device.type == "cpu" and not torch.compiler.is_compiling()
     rows = max(1, CPU_BLOCK // vocab_size) if in_cache else logits.shape[0]
     loss = torch.zeros((), dtype=torch.float32, device=logits.device)
+    # One for all blocks: memory that is fresh from the kernel costs a CPU more than what is computed in it.
+    buffer = logits.new_empty(min(rows, len(logits)), vocab_size, dtype=torch.float32) if in_cache else None
     for block, target, count in zip(
         logits[:, :vocab_size].split(rows), targets.split(rows), counts.split(rows), strict=True
     ):
-        log_probs = nn.functional.log_softmax(block, dim=-1, dtype=torch.float32)
+        out = buffer[: len(block)] if in_cache else None
+        log_probs = torch.log_softmax(block, dim=-1, dtype=torch.float32, out=out)
         loss -= log_probs.gather(1, target).masked_fill(~count, 0).sum()
         if needs_grad:
             minus_one_hot = -torch.ones_like(target, dtype=torch.float32)

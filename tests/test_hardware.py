@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tiny_models import random_ids, tiny_model
 from torch.nn.functional import linear
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -48,3 +49,14 @@ def test_what_it_is_not_for_is_as_it_was(case):
     assert torch.allclose(found.double(), expected, atol=0.1 if case == "autocast" else 1e-5)
     assert found.requires_grad == (case == "gradients")
     assert found.dtype == {"autocast": torch.bfloat16, "float64": torch.float64}.get(case, torch.float32)
+
+
+def test_a_model_generates_with_onednns_products_and_leaves_the_rest_to_torch():
+    model = tiny_model()
+    prompt = random_ids(1, 4)
+    with Recorder() as recorder:
+        model.generate(prompt, max_new_tokens=2, do_sample=False, pad_token_id=0)
+    assert recorder.names.count("mkldnn::_linear_pointwise") == 2 * (6 * model.config.n_layer + 1)  # with the head
+    with Recorder() as recorder, torch.no_grad():
+        model(prompt)
+    assert "mkldnn::_linear_pointwise" not in recorder.names

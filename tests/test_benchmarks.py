@@ -1,0 +1,69 @@
+"""The page of figures is written where its places are, and nowhere else."""
+
+import sys
+
+import pytest
+
+from benchmarks import report, side_by_side
+from benchmarks.report import replace_section
+
+PAGE = "# Speed\n\n<!-- one -->\nold\n<!-- /one -->\n\nby hand\n\n<!-- two -->\n<!-- /two -->\n"
+
+
+def test_a_section_takes_the_place_of_the_one_before():
+    page = replace_section(replace_section(PAGE, "one", "| \\1 | new |\n\n"), "two", "2")
+    assert (
+        page == "# Speed\n\n<!-- one -->\n| \\1 | new |\n<!-- /one -->\n\nby hand\n\n<!-- two -->\n2\n<!-- /two -->\n"
+    )
+
+
+@pytest.mark.parametrize("page", [PAGE.replace("one", "other"), PAGE + PAGE])
+def test_a_page_without_its_place_is_refused(page):
+    with pytest.raises(ValueError, match="places <!-- one -->, instead of one"):
+        replace_section(page, "one", "new")
+
+
+def test_the_page_of_this_repository_has_a_place_for_every_benchmark():
+    for name in report.USUAL + report.BY_NAME:
+        assert (report.FOLDER / f"{name}.py").exists()
+        replace_section(report.PAGE.read_text(), name, "figures")
+
+
+def test_a_benchmark_that_fails_leaves_the_page_as_it_was(tmp_path, monkeypatch, capfd):
+    (tmp_path / "good.py").write_text("print('figures')")
+    (tmp_path / "bad.py").write_text("print('half of them')\nraise SystemExit(1)")
+    page = tmp_path / "page.md"
+    page.write_text("<!-- bad -->\nold\n<!-- /bad -->\n<!-- good -->\nold\n<!-- /good -->\n")
+    for name, value in (("FOLDER", tmp_path), ("PAGE", page), ("USUAL", ["bad", "good"])):
+        monkeypatch.setattr(report, name, value)
+    assert report.main([]) == 1
+    assert page.read_text() == "<!-- bad -->\nold\n<!-- /bad -->\n<!-- good -->\nfigures\n<!-- /good -->\n"
+    assert "bad failed: their figures are the old ones" in capfd.readouterr().err
+
+
+def test_programs_run_in_turns_each_in_a_process_of_its_own(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import json, os, sys\nwith open(sys.argv[3], 'a') as log: log.write(sys.argv[2])\n"
+        "print('chatter')\nprint(json.dumps({'seconds': {'a': 1, 'b': 3}[sys.argv[2]], 'pid': os.getpid()}))"
+    )
+    measured = side_by_side.in_turns(str(script), ["a", "b"], 3, tmp_path / "log")
+    assert (tmp_path / "log").read_text() == "ababab"
+    assert len({each["pid"] for results in measured.values() for each in results}) == 6
+    assert side_by_side.ratio(measured, "b", "a", "seconds") == 3
+    assert side_by_side.median(measured, "a", "seconds") == 1
+    with pytest.raises(RuntimeError, match="c: .*KeyError"):
+        side_by_side.in_turns(str(script), ["c"], 1, tmp_path / "log")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_peak_memory_counts_from_where_it_was_forgotten():
+    block = bytearray(200_000_000)
+    block[::4096] = b"x" * len(block[::4096])
+    del block
+    side_by_side.forget_peak_memory()
+    before = side_by_side.memory()
+    assert side_by_side.memory(peak=True) - before < 50
+    block = bytearray(100_000_000)
+    block[::4096] = b"x" * len(block[::4096])
+    assert 90 < side_by_side.memory(peak=True) - before < 150
