@@ -82,6 +82,7 @@ def causal_attention_backward(
         tile_grad = grad[heads, queries]  # (BH, R, D)
         value_grad[heads, keys] += weights.transpose(1, 2) @ tile_grad
         weights_grad = tile_grad @ value[heads, keys].transpose(1, 2)  # (BH, R, K)
+        # What autograd calls for a softmax; no graph is kept of a tile.
         scores_grad = torch._softmax_backward_data(weights_grad, weights, -1, weights.dtype)
         torch.bmm(scores_grad, key[heads, keys], out=query_grad[heads, queries])
         key_grad[heads, keys] += scores_grad.transpose(1, 2) @ query[heads, queries]

@@ -12,9 +12,7 @@ PAGE = "# Speed\n\n<!-- one -->\nold\n<!-- /one -->\n\nby hand\n\n<!-- two -->\n
 
 def test_a_section_takes_the_place_of_the_one_before():
     page = replace_section(replace_section(PAGE, "one", "| \\1 | new |\n\n"), "two", "2")
-    assert (
-        page == "# Speed\n\n<!-- one -->\n| \\1 | new |\n<!-- /one -->\n\nby hand\n\n<!-- two -->\n2\n<!-- /two -->\n"
-    )
+    assert page == PAGE.replace("old", "| \\1 | new |").replace("<!-- two -->\n", "<!-- two -->\n2\n")
 
 
 @pytest.mark.parametrize("page", [PAGE.replace("one", "other"), PAGE + PAGE])
@@ -52,7 +50,7 @@ def test_programs_run_in_turns_each_in_a_process_of_its_own(tmp_path):
     assert len({each["pid"] for results in measured.values() for each in results}) == 6
     assert side_by_side.ratio(measured, "b", "a", "seconds") == 3
     assert side_by_side.median(measured, "a", "seconds") == 1
-    with pytest.raises(RuntimeError, match="c: .*KeyError"):
+    with pytest.raises(RuntimeError, match="KeyError: 'c'"):
         side_by_side.in_turns(str(script), ["c"], 1, tmp_path / "log")
 
 
