@@ -95,7 +95,9 @@ class CheckpointWriter:
         self.optimizers = optimizers
         self.save_total_limit = save_total_limit
         self.on_saved = on_saved
-        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        # One core for its operations: beside a second pool of OpenMP threads those of training sleep where they would
+        # wait awake for the next operation, for as long as both are there (docs/experiments.md).
+        self._thread = ThreadPoolExecutor(1, "checkpoint", initializer=torch.set_num_threads, initargs=(1,))
         self._task: Future | None = None
 
     def __enter__(self) -> "CheckpointWriter":

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from conftest import REPOSITORY, TINY, metrics, script, succeed
 from faults import (
     DROPOUT,
@@ -27,9 +28,10 @@ from faults import (
 )
 from processes import run_ranks, start, wait_until
 from safetensors.torch import load_file, save_file
+from tiny_models import tiny_model
 
 import train_accelerate
-from pretraining.checkpoint import CheckpointWriter
+from pretraining.checkpoint import CheckpointWriter, LoopState
 from pretraining.checkpoint_folders import checkpoint_to_resume, commit, complete_checkpoints, verify
 from pretraining.identity import differences
 from pretraining.signals import STOPPED
@@ -462,6 +464,27 @@ def test_a_checkpoint_that_cannot_be_written_is_told_after_the_step_in_which_tha
     (error,) = [line for line in result.stderr.splitlines() if "error:" in line]
     assert "checkpoint-000030 cannot be written" in error
     assert metrics(tmp_path / "run")[-1]["step"] < 60
+
+
+@pytest.fixture
+def num_threads():
+    """More than one, whatever the machine has, until the test is over."""
+    before = torch.get_num_threads()
+    yield 3
+    torch.set_num_threads(before)
+
+
+def test_the_thread_that_writes_has_one_core_and_leaves_training_its_own(tmp_path, num_threads):
+    torch.set_num_threads(num_threads)
+    model = tiny_model()
+    optimizer = torch.optim.AdamW(model.parameters())
+    while_writing = []
+    saved = functools.partial(CheckpointWriter, on_saved=lambda *_: while_writing.append(torch.get_num_threads()))
+    with saved(Accelerator(cpu=True), tmp_path, model, [optimizer], save_total_limit=1) as writer:
+        writer.save(LoopState({"step": 1}, None, {}))
+        writer.wait()
+    assert while_writing == [1]
+    assert torch.get_num_threads() == num_threads
 
 
 def test_all_is_on_the_disk_before_it_gets_its_name(stopped, tmp_path, monkeypatch):
