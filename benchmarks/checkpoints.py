@@ -98,14 +98,13 @@ def main() -> None:
         [name, f"{statistics.median(values):.2f}", f"{min(values):.2f} to {max(values):.2f}"]
         for name, values in seconds.items()
     ]
-    lines = [
-        side_by_side.here("torch", "accelerate", "safetensors"),
-        "",
-        f"{args.config_name} with AdamW's state, {size / 1e9:.2f} GB, {args.rounds} checkpoints:",
-        "",
-        *side_by_side.table(["seconds", "median", "range"], rows),
-    ]
-    print("\n".join(lines))
+    print(
+        side_by_side.section(
+            ("torch", "accelerate", "safetensors"),
+            f"{args.config_name} with AdamW's state, {size / 1e9:.2f} GB, {args.rounds} checkpoints",
+            side_by_side.table(["seconds", "median", "range"], rows),
+        )
+    )
 
 
 def hash_all(folder: Path) -> None:

@@ -6,9 +6,10 @@ Greedy generation from GPT-2, by this model and by transformers' own, with the s
 The weights are random, which changes no speed. Fails if a single token differs.
 """
 
-import statistics
+import json
 import sys
 import tempfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,8 @@ from modeling_gpt2scratch import GPT2ScratchConfig, GPT2ScratchForCausalLM
 from pretraining import hardware
 from pretraining.arguments import flag, parse_arguments, run_script
 
+OURS, STOCK = "ours", "stock"
+
 
 @dataclass
 class BenchmarkArguments:
@@ -30,55 +33,62 @@ class BenchmarkArguments:
     prompt_tokens: int = flag(32, "tokens of a prompt")
     max_new_tokens: int = flag(200, "tokens to generate")
     rounds: int = flag(5, "times that each is measured")
+    measure: str = flag(None, "measure this one, in this process")
 
 
-def models(config_name: str) -> dict[str, PreTrainedModel]:
-    ours = GPT2ScratchForCausalLM(GPT2ScratchConfig.from_preset(config_name))
-    with tempfile.TemporaryDirectory() as folder:
-        ours.save_pretrained(folder, save_original_format=True)
-        stock = GPT2LMHeadModel.from_pretrained(folder)
-    return {"ours": ours.to(side_by_side.device()).eval(), "stock": stock.to(side_by_side.device()).eval()}
+def build(name: str, config_name: str) -> PreTrainedModel:
+    torch.manual_seed(0)
+    model = GPT2ScratchForCausalLM(GPT2ScratchConfig.from_preset(config_name))
+    if name == STOCK:
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder, save_original_format=True)
+            model = GPT2LMHeadModel.from_pretrained(folder)
+    return model.to(side_by_side.device()).eval()
+
+
+def measure(args: BenchmarkArguments) -> dict[str, float]:
+    if not torch.cuda.is_available():
+        hardware.keep_freed_memory()
+    model = build(args.measure, args.config_name)
+    (batch_size,) = args.batch_sizes
+    torch.manual_seed(1)
+    prompts = torch.randint(model.config.vocab_size, (batch_size, args.prompt_tokens)).to(model.device)
+    options = {"max_new_tokens": args.max_new_tokens, "min_new_tokens": args.max_new_tokens, "pad_token_id": 0}
+    model.generate(prompts, **{**options, "max_new_tokens": 8, "min_new_tokens": 8}, do_sample=False)  # warms up
+    side_by_side.forget_peak_memory()
+    texts = []
+    seconds = side_by_side.seconds(lambda: texts.append(model.generate(prompts, **options, do_sample=False)))
+    checksum = zlib.crc32(texts[0].cpu().numpy().tobytes())
+    rate = batch_size * args.max_new_tokens / seconds
+    return {"tokens/s": rate, "megabytes": side_by_side.memory(peak=True), "tokens' checksum": checksum}
+
+
+def row(args: BenchmarkArguments, batch_size: int) -> list[object]:
+    flags = ["--config_name", args.config_name, "--batch_sizes", batch_size, "--prompt_tokens", args.prompt_tokens]
+    flags += ["--max_new_tokens", args.max_new_tokens]
+    measured = side_by_side.in_turns(__file__, (OURS, STOCK), args.rounds, *flags)
+    if len({each["tokens' checksum"] for results in measured.values() for each in results}) > 1:
+        raise RuntimeError(f"the models do not generate the same tokens, with {batch_size} prompts at once")
+    figures = side_by_side.medians(measured, {"tokens/s": ".1f", "megabytes": ",.0f"})
+    (_, *ours), (_, *stock) = figures
+    return [batch_size, *ours, *stock, f"{side_by_side.ratio(measured, OURS, STOCK, 'tokens/s'):.2f}"]
 
 
 def main() -> None:
     args = parse_arguments(BenchmarkArguments, __doc__)
-    if not torch.cuda.is_available():
-        hardware.keep_freed_memory()
-    torch.manual_seed(0)
-    contenders = models(args.config_name)
-    rows = []
-    for batch_size in args.batch_sizes:
-        vocab_size = contenders["ours"].config.vocab_size
-        prompts = torch.randint(vocab_size, (batch_size, args.prompt_tokens), device=side_by_side.device())
-        kept = {name: [] for name in contenders}
-        times = {name: [] for name in contenders}
-
-        def generate(name: str) -> None:
-            options = {"max_new_tokens": args.max_new_tokens, "min_new_tokens": args.max_new_tokens, "pad_token_id": 0}
-            kept[name].append(contenders[name].generate(prompts, do_sample=False, **options))  # noqa: B023
-
-        for number in range(args.rounds + 1):
-            for name in contenders:
-                taken = side_by_side.seconds(lambda: generate(name))  # noqa: B023
-                if number:  # the first one warms up
-                    times[name].append(taken)
-        same = all(torch.equal(one, two) for one, two in zip(kept["ours"], kept["stock"], strict=True))
-        if not same:
-            raise RuntimeError(f"the models do not generate the same tokens, with {batch_size} prompts at once")
-        tokens = batch_size * args.max_new_tokens
-        rates = [f"{tokens / statistics.median(times[name]):.1f}" for name in contenders]
-        ratio = statistics.median(two / one for one, two in zip(times["ours"], times["stock"], strict=True))
-        rows.append([batch_size, *rates, f"{ratio:.2f}"])
-    header = ["prompts at once", "ours, tokens/s", "stock, tokens/s", "ours is so many times as fast"]
-    lines = [
-        side_by_side.here("torch", "transformers"),
-        "",
-        f"{args.config_name}, {args.max_new_tokens} new tokens after {args.prompt_tokens}, fp32, greedy, medians of "
-        f"{args.rounds} rounds; all tokens are the same:",
-        "",
-        *side_by_side.table(header, rows),
-    ]
-    print("\n".join(lines))
+    if args.measure:
+        print(json.dumps(measure(args)))
+        return
+    rows = [row(args, batch_size) for batch_size in args.batch_sizes]
+    header = ["prompts at once", "ours, tokens/s", "peak MB", "stock, tokens/s", "peak MB"]
+    print(
+        side_by_side.section(
+            ("torch", "transformers"),
+            f"{args.config_name}, {args.max_new_tokens} new tokens after {args.prompt_tokens}, fp32, greedy, medians "
+            f"of {args.rounds} rounds; all tokens are the same",
+            side_by_side.table([*header, "ours is so many times as fast"], rows),
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -77,29 +77,21 @@ def main() -> None:
     shape = ["--tokens", args.tokens, "--n_embd", args.n_embd, "--vocab_size", args.vocab_size, "--fp32", args.fp32]
     names = (OURS, EAGER, COMPILED)
     measured = side_by_side.in_turns(__file__, names, args.rounds, *shape, "--steps", args.steps)
-    rows = []
-    for name in names:
-        of_ours = [f"{side_by_side.ratio(measured, name, OURS, 'seconds'):.2f}"]
-        of_ours.append(f"{side_by_side.ratio(measured, OURS, name, 'megabytes'):.3f}")
-        figures = [f"{side_by_side.median(measured, name, key):,.{digits}f}" for key, digits in FIGURES.items()]
-        rows.append([name, *figures, *(of_ours if name != OURS else ["", ""])])
+    rows = side_by_side.medians(measured, {"seconds": ".2f", "megabytes": ",.0f"})
+    for name, row in zip(names, rows, strict=True):
+        faster = side_by_side.ratio(measured, name, OURS, "seconds")
+        smaller = side_by_side.ratio(measured, OURS, name, "megabytes")
+        row += ["", ""] if name == OURS else [f"{faster:.2f}", f"{smaller:.3f}"]
+    header = ["form", "seconds", "peak MB", "ours is so many times as fast", "ours takes"]
     print(
-        "\n".join(
-            [
-                side_by_side.here("torch"),
-                "",
-                f"{args.tokens:,} tokens, width {args.n_embd}, vocabulary {args.vocab_size:,}, "
-                f"{'fp32' if args.fp32 else 'bf16 autocast'}, medians of {args.rounds} rounds:",
-                "",
-                *side_by_side.table(
-                    ["form", "seconds", "peak MB", "ours is so many times as fast", "ours takes"], rows
-                ),
-            ]
+        side_by_side.section(
+            ["torch"],
+            f"{args.tokens:,} tokens, width {args.n_embd}, vocabulary {args.vocab_size:,}, "
+            f"{'fp32' if args.fp32 else 'bf16 autocast'}, medians of {args.rounds} rounds",
+            side_by_side.table(header, rows),
         )
     )
 
-
-FIGURES = {"seconds": 2, "megabytes": 0}
 
 if __name__ == "__main__":
     run_script(main)

@@ -94,14 +94,13 @@ def main() -> None:
             [name, f"{rate:.2f}", f"{ratio:.2f} ({other})", f"{furthest(sums[name], sums[protocol]):.1e}", changed]
         )
     header = ["", "items a second", "times that of", "log-likelihoods within", "other choices"]
-    lines = [
-        side_by_side.here("torch", "transformers", "lm-eval"),
-        "",
-        f"{args.config_name}, {len(items)} items, {batch_size} at once, medians of {args.rounds} rounds:",
-        "",
-        *side_by_side.table(header, rows),
-    ]
-    print("\n".join(lines))
+    print(
+        side_by_side.section(
+            ("torch", "transformers", "lm-eval"),
+            f"{args.config_name}, {len(items)} items, {batch_size} at once, medians of {args.rounds} rounds",
+            side_by_side.table(header, rows),
+        )
+    )
 
 
 def one_at_a_time(model, tokenizer, items: list[dict]) -> Sums:

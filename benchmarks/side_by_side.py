@@ -51,6 +51,14 @@ def ratio(measured: Measured, name: str, other: str, figure: str) -> float:
     return statistics.median(one[figure] / two[figure] for one, two in pairs)
 
 
+def medians(measured: Measured, formats: dict[str, str]) -> list[list[str]]:
+    """Of each name a row of a table: its median of each figure, written as its format says."""
+    return [
+        [name, *(format(median(measured, name, figure), spec) for figure, spec in formats.items())]
+        for name in measured
+    ]
+
+
 def seconds(work: Callable[[], object]) -> float:
     synchronize()
     started = time.perf_counter()
@@ -102,3 +110,11 @@ def table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> list[str]:
     """Markdown."""
     header = list(header)
     return [f"| {' | '.join(map(str, row))} |" for row in (header, ["---"] * len(header), *rows)]
+
+
+def section(packages: Iterable[str], described: str, *parts: list[str] | str) -> str:
+    """Markdown: when and on what, then a line of what was measured, then tables and sentences."""
+    lines = [here(*packages), "", f"{described}:"]
+    for part in parts:
+        lines += ["", *([part] if isinstance(part, str) else part)]
+    return "\n".join(lines)

@@ -119,24 +119,17 @@ def main() -> None:
         flags = ["--data_dir", args.data_dir, "--saved", folder]
         side_by_side.in_turns(__file__, (OURS, RUN_CLM), 1, *flags)  # which reads the files into memory
         measured = side_by_side.in_turns(__file__, (OURS, RUN_CLM), args.rounds, *flags)
-    rows = []
-    for name in (OURS, RUN_CLM):
-        figures = [
-            f"{side_by_side.median(measured, name, key):.{digits}f}"
-            for key, digits in (("seconds", 2), ("megabytes", 0))
-        ]
-        rows.append([name, *figures])
-    lines = [
-        side_by_side.here("torch", "transformers", "accelerate", "datasets"),
-        "",
-        f"{', '.join(f'{name} {value}' for name, value in SHAPE.items())}, {ROWS} rows, medians of {args.rounds} "
-        "rounds:",
-        "",
-        *side_by_side.table(["", "seconds to the end of the first step", "peak MB by then"], rows),
-        "",
-        f"Ours is {side_by_side.ratio(measured, RUN_CLM, OURS, 'seconds'):.2f} times as fast.",
-    ]
-    print("\n".join(lines))
+    header = ["", "seconds to the end of the first step", "peak MB by then"]
+    faster = side_by_side.ratio(measured, RUN_CLM, OURS, "seconds")
+    print(
+        side_by_side.section(
+            ("torch", "transformers", "accelerate", "datasets"),
+            f"{', '.join(f'{name} {value}' for name, value in SHAPE.items())}, {ROWS} rows, medians of {args.rounds} "
+            "rounds",
+            side_by_side.table(header, side_by_side.medians(measured, {"seconds": ".2f", "megabytes": ",.0f"})),
+            f"Ours is {faster:.2f} times as fast.",
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -101,26 +101,18 @@ def main() -> None:
         return
     flags = [str(word) for name, value in asdict(args).items() if value is not None for word in (f"--{name}", value)]
     measured = side_by_side.in_turns(__file__, (WHOLE, BARE), args.rounds, *flags)
-    rows = [
-        [
-            name,
-            f"{side_by_side.median(measured, name, 'tokens/s'):,.0f}",
-            f"{side_by_side.median(measured, name, 'megabytes'):,.0f}",
-        ]
-        for name in (WHOLE, BARE)
-    ]
-    lines = [
-        side_by_side.here("torch", "transformers", "accelerate"),
-        "",
-        f"{args.config_overrides}, {args.gradient_accumulation_steps} micro-batches of "
-        f"{args.per_device_train_batch_size} rows a step, bf16, AdamW, {args.steps} steps, medians of {args.rounds} "
-        "rounds:",
-        "",
-        *side_by_side.table(["", "tokens/s", "peak MB"], rows),
-        "",
-        f"The whole loop has {side_by_side.ratio(measured, WHOLE, BARE, 'tokens/s'):.3f} of the bare one's speed.",
-    ]
-    print("\n".join(lines))
+    rows = side_by_side.medians(measured, {"tokens/s": ",.0f", "megabytes": ",.0f"})
+    speed = side_by_side.ratio(measured, WHOLE, BARE, "tokens/s")
+    print(
+        side_by_side.section(
+            ("torch", "transformers", "accelerate"),
+            f"{args.config_overrides}, {args.gradient_accumulation_steps} micro-batches of "
+            f"{args.per_device_train_batch_size} rows a step, bf16, AdamW, {args.steps} steps, medians of "
+            f"{args.rounds} rounds",
+            side_by_side.table(["", "tokens/s", "peak MB"], rows),
+            f"The whole loop has {speed:.3f} of the bare one's speed.",
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -119,17 +119,13 @@ def section(args: BenchmarkArguments, shape: str) -> list[str]:
     best = max(names[:2], key=lambda name: side_by_side.median(measured, name, "tokens/s"))
     flops = hardware.flops_per_token(*sizes(shape))
     peak = hardware.peak_flops(side_by_side.device())
-    rows = []
-    for name in names:
-        rate = side_by_side.median(measured, name, "tokens/s")
-        figures = [f"{rate:,.0f}", f"{side_by_side.median(measured, name, 'megabytes'):,.0f}"]
+    rows = side_by_side.medians(measured, {"tokens/s": ",.0f", "megabytes": ",.0f"})
+    for name, row in zip(names, rows, strict=True):
         if peak:
-            figures.append(f"{rate * flops / peak:.1%}")
-        against = ["", ""]
-        if not name.startswith("ours"):
-            against[0] = f"{side_by_side.ratio(measured, best, name, 'tokens/s'):.2f}"
-            against[1] = f"{side_by_side.ratio(measured, best, name, 'megabytes'):.2f}"
-        rows.append([name, *figures, *against])
+            row.append(f"{side_by_side.median(measured, name, 'tokens/s') * flops / peak:.1%}")
+        faster = side_by_side.ratio(measured, best, name, "tokens/s")
+        smaller = side_by_side.ratio(measured, best, name, "megabytes")
+        row += ["", ""] if name.startswith("ours") else [f"{faster:.2f}", f"{smaller:.2f}"]
     header = ["", "tokens/s", "peak MB", *(["MFU"] if peak else []), f'"{best}" is so many times as fast', "takes"]
     described = (
         f"{shape}, {batch_size} rows of {SHAPES[shape]['n_positions']} tokens, medians of {args.rounds} rounds:"

@@ -50,11 +50,12 @@ def test_programs_run_in_turns_each_in_a_process_of_its_own(tmp_path):
     assert len({each["pid"] for results in measured.values() for each in results}) == 6
     assert side_by_side.ratio(measured, "b", "a", "seconds") == 3
     assert side_by_side.median(measured, "a", "seconds") == 1
+    assert side_by_side.medians(measured, {"seconds": ".2f"}) == [["a", "1.00"], ["b", "3.00"]]
     with pytest.raises(RuntimeError, match="KeyError: 'c'"):
         side_by_side.in_turns(str(script), ["c"], 1, tmp_path / "log")
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.skipif(sys.platform != "linux", reason="no /proc: benchmarks of memory run on Linux alone")
 def test_peak_memory_counts_from_where_it_was_forgotten():
     block = bytearray(200_000_000)
     block[::4096] = b"x" * len(block[::4096])
