@@ -1,7 +1,8 @@
 # make train   from nothing to a GPT-2 of your own: data, training, evaluation, samples (no GPU needed, no downloads
 #              but Python packages)
 # make test    the whole test suite
-# make check   formatting and lint
+# make check   formatting, lint and types
+# make format  what of these a program can mend
 # make bench   what docs/benchmarks.md says of speed and memory, measured on this machine (about two hours)
 
 PYTHON := .venv/bin/python
@@ -48,6 +49,7 @@ test: $(READY)
 check: $(READY)
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m ruff check .
+	$(PYTHON) -m mypy
 
 format: $(READY)
 	$(PYTHON) -m ruff format .

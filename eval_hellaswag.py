@@ -20,11 +20,11 @@ import re
 import reprlib
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -32,15 +32,32 @@ from accelerate.utils import gather_object
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 import modeling_gpt2scratch  # noqa: F401  registers the model type
 from pretraining import hardware
-from pretraining.arguments import ProcessError, UserError, flag, one_line, parse_arguments, run_script
+from pretraining.arguments import (
+    ProcessError,
+    UserError,
+    flag,
+    one_line,
+    parse_arguments,
+    problems_of_minimum,
+    run_script,
+)
 from pretraining.files import write_text
 from pretraining.launch import check_launch
 from pretraining.loglikelihood import Continuation, loglikelihoods, takes_trees, token_tree
 from pretraining.model_card import HELLASWAG, hellaswag_results, update_model_card
+
+if TYPE_CHECKING:
+    from evaluate import EvaluationModule
 
 Protocol = Literal["completion", "lm_eval"]
 
@@ -52,20 +69,33 @@ MAX_PROBLEMS = 10  # shown; in a file of another kind every line is wrong
 
 
 @dataclass
-class HellaSwagArguments:
-    model_name_or_path: str = flag(None, "the model to evaluate, with its tokenizer: a folder, or a name on the Hub")
-    data_file: str = flag(None, "items in HellaSwag's own format, a JSON object a line")
-    dataset_name: str = flag(None, f"a dataset on the Hub to use instead; without either it is {HELLASWAG}")
+class ScoringFlags:
+    _argument_group_name = "model and items"
+
+    model_name_or_path: str = flag(None, "the model, with its tokenizer: a folder, or a name on the Hub")
+    model_revision: str | None = flag(None, "branch, tag or commit of a model on the Hub")
+    trust_remote_code: bool = flag(False, "run the modeling code that comes with the model; read it first")
+    data_file: str | None = flag(None, "items in HellaSwag's own format, a JSON object a line")
+    dataset_name: str | None = flag(None, f"a dataset on the Hub to use instead; without either it is {HELLASWAG}")
     protocol: Protocol = flag("completion", "how the texts are put together and the likelihoods compared")
+    limit: int | None = flag(None, "score only the first so many items")
     per_device_eval_batch_size: int = flag(8, "items scored at once")
-    limit: int = flag(None, "score only the first so many items")
-    output_file: str = flag(None, "a JSON file to write the result to")
-    predictions_file: str = flag(None, "a JSON-lines file to write the scores of every item to")
+
+
+@dataclass
+class ResultFlags:
+    _argument_group_name = "results"
+
+    output_file: str | None = flag(None, "a JSON file to write the result to")
+    predictions_file: str | None = flag(None, "a JSON-lines file to write the scores of every item to")
     update_model_card: bool = flag(
         False, "put the result into the model's card, README.md in its folder or on the Hub"
     )
-    model_revision: str = flag(None, "branch, tag or commit of a model on the Hub")
-    trust_remote_code: bool = flag(False, "run the modeling code that comes with the model; read it first")
+
+
+@dataclass
+class HellaSwagArguments(ResultFlags, ScoringFlags):
+    """All flags, those of the last class first."""
 
     def problems(self) -> list[str]:
         found = []
@@ -73,10 +103,7 @@ class HellaSwagArguments:
             found.append("--model_name_or_path is required: a folder, or a name on the Hub")
         if self.data_file and self.dataset_name:
             found.append("--data_file and --dataset_name are two sources: give one of them")
-        for name in ("per_device_eval_batch_size", "limit"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                found.append(f"--{name} must be at least 1, got {value}")
+        found += problems_of_minimum(self, ["per_device_eval_batch_size", "limit"], 1)
         # What can be known now, not after an hour of scoring.
         for name in ("output_file", "predictions_file"):
             if (value := getattr(self, name)) and (problem := unwritable(Path(value))):
@@ -157,7 +184,11 @@ def unwritable(path: Path) -> str | None:
 
 
 def score_on_all_processes(
-    accelerator: Accelerator, model, items: list["EncodedItem"], batch_size: int, progress: bool = False
+    accelerator: Accelerator,
+    model: PreTrainedModel,
+    items: list["EncodedItem"],
+    batch_size: int,
+    progress: bool = False,
 ) -> list[dict]:
     """
     `score_items` with the work shared out. Every process calls it with all items, and with the model as
@@ -176,7 +207,7 @@ def score_on_all_processes(
     return [shares[index % num_processes][index // num_processes] for index in range(len(items))]
 
 
-def can_be_trees(model, items: list["EncodedItem"]) -> bool:
+def can_be_trees(model: PreTrainedModel, items: list["EncodedItem"]) -> bool:
     """Whether the model scores an item's four endings rightly, and so faster, as one tree of tokens."""
     with evaluating(model):
         largest = max(items, key=lambda item: len(token_tree(item.endings)))
@@ -187,7 +218,7 @@ def can_be_trees(model, items: list["EncodedItem"]) -> bool:
 
 
 def score_items(
-    model, items: list["EncodedItem"], batch_size: int, as_trees: bool, progress: bool = False
+    model: PreTrainedModel, items: list["EncodedItem"], batch_size: int, as_trees: bool, progress: bool = False
 ) -> list[dict]:
     """
     Score items on this process.
@@ -209,7 +240,7 @@ def score_items(
     sizes = [len(token_tree(item.endings)) if as_trees else item.longest() for item in items]
     order = sorted(range(len(items)), key=lambda index: -sizes[index])
     scores: dict[int, dict] = {}
-    hits = Counter()
+    hits: Counter[str] = Counter()
     bar = tqdm(total=len(items), desc="HellaSwag", unit="item", disable=not progress)
     with evaluating(model), bar:
         for start in range(0, len(items), batch_size):
@@ -225,7 +256,7 @@ def score_items(
 
 
 @contextmanager
-def evaluating(model):
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
     """Without dropout; afterwards the model is as it was."""
     was_training = model.training
     model.eval()
@@ -249,7 +280,7 @@ def summarise(items: list["EncodedItem"], scores: list[dict], protocol: Protocol
 
 
 @functools.cache
-def load_metric():
+def load_metric() -> "EvaluationModule":
     """The metric in metrics/hellaswag."""
     import evaluate  # only here: with datasets and pandas, it takes a second or two
 
@@ -278,7 +309,9 @@ class EncodedItem(NamedTuple):
         return max(len(ending.token_ids) for ending in self.endings)
 
 
-def encode_items(config, tokenizer, items: list[dict], protocol: Protocol) -> list[EncodedItem]:
+def encode_items(
+    config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, items: list[dict], protocol: Protocol
+) -> list[EncodedItem]:
     """
     Items, as `load_items` returns them, for a model of this config.
 
@@ -288,7 +321,9 @@ def encode_items(config, tokenizer, items: list[dict], protocol: Protocol) -> li
     return [encode_item(config, tokenizer, item, protocol) for item in items]
 
 
-def encode_item(config, tokenizer, item: dict, protocol: Protocol) -> EncodedItem:
+def encode_item(
+    config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, item: dict, protocol: Protocol
+) -> EncodedItem:
     """
     Of an ending too long for the model, with its context, the last n_positions + 1 tokens are kept, of which the last
     is only predicted: as in lm-evaluation-harness, the text is cut on its left.
@@ -312,19 +347,19 @@ def encode_item(config, tokenizer, item: dict, protocol: Protocol) -> EncodedIte
     )
 
 
-def window_of(config) -> int | None:
+def window_of(config: PreTrainedConfig) -> int | None:
     """How many positions the model has, if that is limited."""
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
-def encode_completion(tokenizer, item: dict) -> tuple[list[int], list[list[int]]]:
+def encode_completion(tokenizer: PreTrainedTokenizerBase, item: dict) -> tuple[list[int], list[list[int]]]:
     """The tokens of the context, and of each ending."""
     (context,) = tokenizer([item["ctx"]], verbose=False)["input_ids"]  # with a begin-of-text token, if it has one
     endings = [" " + ending for ending in item["endings"]]
     return context, tokenizer(endings, add_special_tokens=False, verbose=False)["input_ids"]
 
 
-def encode_lm_eval(tokenizer, item: dict) -> tuple[list[int], list[list[int]]]:
+def encode_lm_eval(tokenizer: PreTrainedTokenizerBase, item: dict) -> tuple[list[int], list[list[int]]]:
     """The same, encoded whole and then split; spaces that end the context go with the ending, as BPE joins them."""
     text = clean(f"{item['activity_label']}: {item['ctx_a']} {item['ctx_b'].capitalize()}")
     wholes = [f"{text} {clean(ending)}" for ending in item["endings"]]
@@ -406,7 +441,7 @@ def to_item(record: str | dict) -> dict:
     if missing := [name for name in FIELDS if name not in record]:
         raise ValueError(f"no {', '.join(missing)}")
 
-    def require(fine: bool, name: str, meaning: str, value) -> None:
+    def require(fine: bool, name: str, meaning: str, value: object) -> None:
         if not fine:
             raise ValueError(f"{name} must be {meaning}, got {reprlib.repr(value)}")
 
@@ -425,11 +460,14 @@ def to_item(record: str | dict) -> dict:
     return item
 
 
-def load_model(name_or_path: str, revision: str = "main", trust_remote_code: bool = False) -> tuple:
+def load_model(
+    name_or_path: str, revision: str = "main", trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model of any type, in eval mode, and its tokenizer."""
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(name_or_path, output_loading_info=True, **options)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(name_or_path, output_loading_info=True, **options)
+        model, report = loaded
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, **options)
     except (OSError, ValueError, RuntimeError, ImportError, StrictDataclassError, SafetensorError) as error:
         if "trust_remote_code" in str(error):

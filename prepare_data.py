@@ -3,7 +3,7 @@ Text to packed shards of token ids: read documents, tokenise, split into train a
 
     python prepare_data.py --output_dir data/demo                                  # the Python standard library
     python prepare_data.py --output_dir data/mine --train_file 'texts/*.txt'       # your own text
-    python prepare_data.py --output_dir data/fineweb-edu --dataset_name HuggingFaceFW/fineweb-edu \\
+    python prepare_data.py --output_dir data/fineweb-edu-10B --dataset_name HuggingFaceFW/fineweb-edu \\
         --dataset_config_name sample-10BT --tokenizer_name openai-community/gpt2 --block_size 1024
 
 With no source given it uses the embedded corpus: the standard library of the interpreter that runs it.
@@ -22,10 +22,11 @@ import numpy as np
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from pretraining.arguments import UserError, flag, parse_arguments, run_script
-from pretraining.corpus import Corpus, embedded_corpus, hub_corpus, local_corpus, split_documents
+from pretraining.arguments import UserError, flag, parse_arguments, problems_of_minimum, run_script
+from pretraining.corpus import Corpus, embedded_corpus, open_texts, split_documents
 from pretraining.encoding import encode_documents
 from pretraining.files import folder_in_progress, usable_cores
+from pretraining.mixture import Source
 from pretraining.publish_data import push_dataset
 from pretraining.shards import FORMAT_VERSION, ShardWriter, read_data_folder
 from pretraining.tokenizer import SMALLEST_VOCABULARY, load_tokenizer, tokenizer_fingerprint, train_tokenizer
@@ -39,24 +40,43 @@ NEUTRAL = """output_dir dataset_name dataset_config_name dataset_revision train_
 
 
 @dataclass
-class PrepareArguments:
-    output_dir: str = flag(None, "the data folder to write")
-    dataset_name: str = flag(None, "a dataset on the Hugging Face Hub")
-    dataset_config_name: str = flag(None, "its configuration, such as sample-10BT")
-    dataset_revision: str = flag(None, "the commit, tag or branch of it to read")
+class SourceFlags:
+    _argument_group_name = "text: the standard library of Python, unless one of these names another"
+
+    dataset_name: str | None = flag(None, "a dataset on the Hugging Face Hub")
+    dataset_config_name: str | None = flag(None, "its configuration, such as sample-10BT")
+    dataset_revision: str | None = flag(None, "the commit, tag or branch of it to read")
+    train_file: str | None = flag(None, "files, as a glob: .txt (a document a file), .jsonl or .parquet")
+    validation_file: str | None = flag(None, "files for validation; else a part of the training text is kept back")
     text_column: str = flag("text", "the column that holds the text")
-    train_file: str = flag(None, "files to read instead, as a glob: .txt (a document a file), .jsonl or .parquet")
-    validation_file: str = flag(None, "files for validation; else a part of the training text is kept back for it")
-    tokenizer_name: str = flag(None, "a tokenizer on the Hub or in a folder; else a byte-level BPE is trained here")
-    tokenizer_vocab_size: int = flag(4096, "size of the tokenizer that is trained here, in tokens")
-    block_size: int = flag(1024, "tokens in a row")
     validation_split_percentage: int = flag(5, "percentage of the documents that is kept back for validation")
-    max_train_tokens: int = flag(None, "stop after so many tokens of training text")
-    num_proc: int = flag(None, "CPU cores to tokenise on; all of them if left out")
-    shard_tokens: int = flag(100_000_000, "tokens in a shard")
     seed: int = flag(42, "decides which documents are for validation")
-    push_to_hub: str = flag(None, "publish the data folder as this dataset on the Hub, as USER/NAME")
+    max_train_tokens: int | None = flag(None, "stop after so many tokens of training text")
+
+
+@dataclass
+class TokenizerFlags:
+    _argument_group_name = "tokenizer"
+
+    tokenizer_name: str | None = flag(None, "one on the Hub or in a folder; else a byte-level BPE is trained here")
+    tokenizer_vocab_size: int = flag(4096, "size of the tokenizer that is trained here, in tokens")
+
+
+@dataclass
+class OutputFlags:
+    _argument_group_name = "data folder"
+
+    output_dir: str = flag(None, "the data folder to write")
+    block_size: int = flag(1024, "tokens in a row")
+    shard_tokens: int = flag(100_000_000, "tokens in a shard")
+    num_proc: int | None = flag(None, "CPU cores to tokenise on; all of them if left out")
+    push_to_hub: str | None = flag(None, "publish the data folder as this dataset on the Hub, as USER/NAME")
     hub_private_repo: bool = flag(False, "make that a private one")
+
+
+@dataclass
+class PrepareArguments(OutputFlags, TokenizerFlags, SourceFlags):
+    """All flags, those of the last class first."""
 
     def problems(self) -> list[str]:
         found = []
@@ -64,20 +84,16 @@ class PrepareArguments:
             found.append("--output_dir is required: the data folder to write")
         if self.dataset_name and self.train_file:
             found.append("--dataset_name and --train_file are two sources: give one of them")
-        if self.validation_file and not self.train_file:
-            found.append("--validation_file needs --train_file")
-        if (self.dataset_config_name or self.dataset_revision) and not self.dataset_name:
-            found.append("--dataset_config_name and --dataset_revision need --dataset_name")
+        found += Source.of(self).problems_of_text()
+        if self.hub_private_repo and not self.push_to_hub:
+            found.append("--hub_private_repo is for --push_to_hub: give both")
         if not 1 <= self.validation_split_percentage <= 50:
             found.append(f"--validation_split_percentage must be 1 to 50, got {self.validation_split_percentage}")
         if self.tokenizer_vocab_size < SMALLEST_VOCABULARY:
             least = f"{SMALLEST_VOCABULARY} (the bytes and the end of text)"
             found.append(f"--tokenizer_vocab_size must be at least {least}, got {self.tokenizer_vocab_size}")
-        for name, least in (("block_size", 2), ("max_train_tokens", 1), ("num_proc", 1), ("shard_tokens", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                found.append(f"--{name} must be at least {least}, got {value}")
-        return found
+        found += problems_of_minimum(self, ["block_size"], 2)
+        return found + problems_of_minimum(self, ["max_train_tokens", "num_proc", "shard_tokens"], 1)
 
     def settings(self) -> dict:
         """The flags that, with the source, decide what the folder holds. No local path is among them."""
@@ -147,14 +163,8 @@ def prepare(
 
 def read_sources(args: PrepareArguments) -> tuple[Corpus, Corpus | None]:
     """The text for training, and that for validation if it is given apart."""
-    if args.train_file:
-        train = local_corpus(args.train_file, args.text_column)
-        validation = local_corpus(args.validation_file, args.text_column) if args.validation_file else None
-        return train, validation
-    if args.dataset_name:
-        name, config, revision = args.dataset_name, args.dataset_config_name, args.dataset_revision
-        return hub_corpus(name, config, revision, args.text_column), None
-    return embedded_corpus(), None
+    source = Source.of(args)
+    return open_texts(source) if source.train_file or source.dataset_name else (embedded_corpus(), None)
 
 
 def already_prepared(output_dir: Path, args: PrepareArguments, source: dict) -> bool:
@@ -241,7 +251,7 @@ class Progress:
         self.bar = tqdm(desc="tokenising", unit="tok", unit_scale=True)
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.bar.close()
 
     def update(self, splits: dict[str, "Split"], tokens: int) -> None:

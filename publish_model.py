@@ -17,7 +17,7 @@ import shutil
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -28,6 +28,7 @@ from pretraining import publish
 from pretraining.arguments import UserError, flag, one_line, parse_arguments, run_script
 from pretraining.convert import STOCK, write_gguf, write_onnx, write_stock
 from pretraining.files import folder_in_progress
+from pretraining.hub import create_repository, problems_of_repository
 from pretraining.model_card import CARD, converted_card, problems_of_license, title_of
 
 PACKAGES = {"gguf": ("gguf",), "onnx": ("onnx", "onnxscript")}  # of the extras of these names
@@ -38,17 +39,30 @@ CONVERTED = f"""config.json generation_config.json model.safetensors tokenizer.j
 
 
 @dataclass
-class PublishArguments:
+class FormatFlags:
+    _argument_group_name = "model, and the format to write it in"
+
     model_name_or_path: str = flag(None, "the run folder, or another folder with a model that was saved or converted")
-    format: Literal["gpt2", "gguf", "onnx"] = flag(None, "write it in this format; as it is if left out")
-    output_dir: str = flag(None, "with --format: where to write it")
+    format: Literal["gpt2", "gguf", "onnx"] | None = flag(None, "write it in this format; as it is if left out")
+    output_dir: str | None = flag(None, "with --format: where to write it")
     outtype: Literal["f32", "f16", "bf16", "q8_0"] = flag("f32", "with --format gguf: the type of the matrices")
+
+
+@dataclass
+class HubFlags:
+    _argument_group_name = "the Hub"
+
     push_to_hub: bool = flag(False, "publish it on the Hub")
-    hub_model_id: str = flag(None, "under this name; that of the folder if left out")
+    hub_model_id: str | None = flag(None, "under this name; that of the folder if left out")
     hub_private_repo: bool = flag(False, "make the repository a private one, if it is not there yet")
-    license: str = flag(
+    license: str | None = flag(
         None, "of the weights, for the model card, as the Hub names it; as the card has it if left out"
     )
+
+
+@dataclass
+class PublishArguments(HubFlags, FormatFlags):
+    """All flags, those of the last class first."""
 
     def problems(self) -> list[str]:
         found = problems_of_model(self.model_name_or_path, self.format)
@@ -65,11 +79,7 @@ class PublishArguments:
             found.append("nothing to do: give --push_to_hub, or a --format and an --output_dir")
         if self.outtype != "f32" and self.format != "gguf":
             found.append(f"--outtype {self.outtype} is for --format gguf")
-        if self.hub_model_id == "":
-            found.append("--hub_model_id is empty")
-        for name in ("hub_model_id", "hub_private_repo"):
-            if getattr(self, name) and not self.push_to_hub:
-                found.append(f"--{name} {getattr(self, name)} is for --push_to_hub: give both")
+        found += problems_of_repository(self)
         missing = [name for name in PACKAGES.get(self.format, ()) if find_spec(name) is None]
         if missing:
             found.append(f"--format {self.format}: a package is not installed, pip install {' '.join(missing)}")
@@ -106,7 +116,7 @@ def main() -> None:
     repo_id = args.hub_model_id or title_of(args.output_dir or args.model_name_or_path)
     if args.format:
         if args.push_to_hub:  # what the Hub refuses, it had better refuse now
-            publish.create_repository(repo_id, args.hub_private_repo, args.license)
+            create_repository(repo_id, args.hub_private_repo, args.license)
         convert(args, folder, output_dir)
         print(f"written as {output_dir}")
     if args.push_to_hub:
@@ -122,7 +132,7 @@ def convert(args: PublishArguments, folder: Path, output_dir: Path) -> None:
         UserError: if that cannot be done. There is no half of it then.
     """
     model, tokenizer = load(folder)
-    card = converted_card(publish.read_card(folder), output_dir, args.format, model.config, args.outtype)
+    card = converted_card(publish.read_card(folder), output_dir, args.format, model.config, args.outtype, args.license)
     try:
         with folder_in_progress(output_dir, set(CONVERTED)) as part:
             if args.format == "gpt2":
@@ -148,7 +158,8 @@ def load(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         UserError: if they cannot be loaded, or are not of a GPT-2.
     """
     try:
-        model, report = GPT2ScratchForCausalLM.from_pretrained(folder, output_loading_info=True)
+        loaded: Any = GPT2ScratchForCausalLM.from_pretrained(folder, output_loading_info=True)
+        model, report = loaded
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # damaged files, another kind of model: of several libraries
         raise UserError(f"--model_name_or_path {folder} cannot be loaded: {one_line(error)}") from None

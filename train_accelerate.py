@@ -14,6 +14,7 @@ Running the same command again continues from the last checkpoint.
 import math
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from signal import Signals
@@ -44,7 +45,7 @@ from pretraining.arguments import ProcessError, UserError, parse_arguments, run_
 from pretraining.checkpoint import CheckpointWriter, LoopState, full_weights, generator_states, load_checkpoint
 from pretraining.checkpoint_folders import BEST, best_checkpoint, checkpoint_folder, set_aside_later
 from pretraining.evaluation import encode_prompts, evaluate, write_samples
-from pretraining.hub import HubRefusal
+from pretraining.hub import HubRefusal, create_repository
 from pretraining.identity import identity, is_same_data
 from pretraining.incidents import describe, sentence
 from pretraining.inputs import model_inputs
@@ -56,7 +57,7 @@ from pretraining.launch import (
     open_accelerator,
     open_state,
 )
-from pretraining.memory import fit_into_memory
+from pretraining.memory import fit_into_memory, flags_for
 from pretraining.model_card import LICENSE, duration, title_of
 from pretraining.models import attention_on, build_model, check_fit, load_config
 from pretraining.optim import build_optimizers, learning_rate_factor, parameter_groups, set_learning_rate
@@ -67,7 +68,7 @@ from pretraining.run_card import RunCard
 from pretraining.run_folder import open_run_folder, write_arguments
 from pretraining.runlog import EVENTS_FILE, RunLog, read_metrics, send_unsent
 from pretraining.signals import STOPPED, StopSignals, follow_launcher, kill_workers
-from pretraining.sources import TrainingData, open_packed
+from pretraining.sources import Batches, TrainingData, open_packed
 from pretraining.split import Split, accumulation_steps
 from pretraining.steps import StepResult, suspects, train_step
 from pretraining.tokenizer import tokenizer_fingerprint
@@ -124,7 +125,7 @@ def start(args: TrainArguments, state: PartialState, signals: StopSignals, watch
         process_index=state.process_index,
         num_workers=args.dataloader_num_workers,
     )
-    who = identity(
+    run_identity = identity(
         settings={**args.settings(), "mixed_precision": accelerator.mixed_precision},
         config=config,
         tokenizer=tokenizer_fingerprint(tokenizer),
@@ -132,7 +133,7 @@ def start(args: TrainArguments, state: PartialState, signals: StopSignals, watch
         binding=data.binding(split),
         tokens_per_step=split.rows_per_step * data.block_size,
     )
-    with open_run_folder(output_dir, asdict(args), who, state) as folder:
+    with open_run_folder(output_dir, asdict(args), run_identity, state) as folder:
         for message in folder.messages:
             state.print(f"{output_dir}: {message}")
         is_stopped = False
@@ -143,8 +144,21 @@ def start(args: TrainArguments, state: PartialState, signals: StopSignals, watch
                 signals.end_at_once(UNPUBLISHED)
                 print(f"published as {publish.push(output_dir, repo_id, args.hub_private_repo, FINAL, args.license)}")
         else:
-            run = (args, accelerator, config, data, split, who, hellaswag, repo_id, folder.checkpoint)
-            is_stopped = train(*run, signals, watchdog)
+            is_stopped = train(
+                Setup(
+                    args=args,
+                    accelerator=accelerator,
+                    config=config,
+                    data=data,
+                    split=split,
+                    identity=run_identity,
+                    hellaswag=hellaswag,
+                    repo_id=repo_id,
+                    checkpoint=folder.checkpoint,
+                    signals=signals,
+                    watchdog=watchdog,
+                )
+            )
     # The model first, then the process group: destroyed with a DDP model still referring to it, gloo's threads and
     # this one can wait for each other for ever.
     accelerator.free_memory()
@@ -185,7 +199,7 @@ def open_repository(args: TrainArguments, state: PartialState) -> str:
     def work() -> str:
         name = args.hub_model_id or title_of(args.output_dir)
         try:
-            return publish.create_repository(name, args.hub_private_repo, args.license or LICENSE)
+            return create_repository(name, args.hub_private_repo, args.license or LICENSE)
         except HubRefusal:
             raise
         except UserError as error:
@@ -195,121 +209,150 @@ def open_repository(args: TrainArguments, state: PartialState) -> str:
     return on_main_process(state, work)
 
 
-def train(
-    args: TrainArguments,
-    accelerator: Accelerator,
-    config: PreTrainedConfig,
-    data: TrainingData,
-    split: Split,
-    who: dict,
-    hellaswag: list[EncodedItem],
-    repo_id: str | None,
-    last_checkpoint: Path | None,
-    signals: StopSignals,
-    watchdog: Watchdog,
-) -> bool:
+@dataclass(frozen=True)
+class Setup:
+    """
+    What is there before the model.
+
+    Attributes:
+        split: of a step's rows, as the flags say.
+        identity: what makes this run this one, see `pretraining/identity.py`.
+        hellaswag: its items, none if it is not asked for.
+        repo_id: where to publish, None if it is not to be.
+        checkpoint: to go on from, if there is one.
+    """
+
+    args: TrainArguments
+    accelerator: Accelerator
+    config: PreTrainedConfig
+    data: TrainingData
+    split: Split
+    identity: dict
+    hellaswag: list[EncodedItem]
+    repo_id: str | None
+    checkpoint: Path | None
+    signals: StopSignals
+    watchdog: Watchdog
+
+    @property
+    def output_dir(self) -> Path:
+        return Path(self.args.output_dir)
+
+
+def train(setup: Setup) -> bool:
     """
     Build the model, train it from the first step or from a checkpoint to the last, and write it. Returns whether a
     signal stopped it before its end.
-
-    Args:
-        who: the run's identity.
-        repo_id: where to publish, None if it is not to be.
     """
-    output_dir, num_processes = Path(args.output_dir), split.num_processes
-    set_seed(args.seed)
-    attention = attention_on(accelerator.device, accelerator.mixed_precision, args.attn_implementation)
-    model = build_model(config, args.model_name_or_path, attention, args.gradient_checkpointing)
-    groups = [sum(map(torch.numel, group)) for group in parameter_groups(model)]
-    optimizers = build_optimizers(model, args.optim, args.learning_rate, args.weight_decay, accelerator.device)
-    model, *optimizers = accelerator.prepare(model, *optimizers)
-    split = fit_into_memory(args, accelerator, model, data, split)
+    args, accelerator, data = setup.args, setup.accelerator, setup.data
+    model, optimizers, num_parameters = build(setup)
+    split = fit_into_memory(args, accelerator, model, data, setup.split)
     set_seed(args.seed, device_specific=True)  # from here on each process has its own dropout
-
-    peak_flops = hardware.peak_flops(accelerator.device)
-    run = Run(
-        tokens_per_step=who["tokens_per_step"],
-        identity=who,
-        flops_per_token=hardware.flops_per_token(sum(groups), config.n_layer, config.n_embd, data.block_size),
-        peak_flops=peak_flops and peak_flops * num_processes,
-    )
+    run = new_run(setup, sum(num_parameters))
     anomalies = Anomalies(args.skip_loss_spikes, has_scaler=accelerator.scaler is not None)
-    position = None
-    if last_checkpoint:
-        position = load_checkpoint(accelerator, last_checkpoint, model, optimizers)
-        run.resume(position)
-        anomalies.load(position["anomalies"])
-        accelerator.print(f"continuing from {last_checkpoint}")
-        if accelerator.is_main_process:
-            write_arguments(output_dir, asdict(args), who)
-            for folder in set_aside_later(output_dir, run.step):
-                print(f"set aside, being of what came after it before: {folder}")
-    accelerator.print(summary(args, accelerator, data, run.tokens_per_step, groups))
-    goes_on = position is not None and is_same_data(position["identity"], who)
+    position = resume(setup, model, optimizers, run, anomalies) if setup.checkpoint else None
+    accelerator.print(summary(args, accelerator, data, run.tokens_per_step, num_parameters))
+    goes_on = position is not None and is_same_data(position["identity"], setup.identity)
     batches = data.batches(split, args.seed, run.step, position["stream"] if goes_on else None)
     is_due = position is not None and position["is_due"]
-    card = RunCard(args, accelerator, data, config, sum(groups), run.tokens_per_step, repo_id)
-    with RunLog(accelerator, output_dir, run.step, args.max_steps, args.trackers(), asdict(args), is_due) as log:
-        publisher = None
-        if repo_id and args.hub_strategy == "checkpoint":
-            publisher = publish.CheckpointPublisher(
-                output_dir, repo_id, args.hub_private_repo, card.complete, log.write
-            )
-        writer = CheckpointWriter(accelerator, output_dir, model, optimizers, args.save_total_limit, publisher)
-        training = Training(
-            args,
-            run,
-            accelerator,
-            model,
-            optimizers,
-            split,
-            batches,
-            data,
-            hellaswag,
-            log,
-            writer,
-            anomalies,
-            signals,
-            watchdog,
+    card = RunCard(args, accelerator, data, setup.config, sum(num_parameters), run.tokens_per_step, setup.repo_id)
+    with RunLog(accelerator, setup.output_dir, run.step, args.max_steps, args.trackers(), asdict(args), is_due) as log:
+        publisher = open_publisher(setup, card, log)
+        writer = CheckpointWriter(
+            accelerator, setup.output_dir, model, optimizers, args.save_total_limit, on_saved=publisher
         )
-        try:
-            with writer:
-                is_stopped = training.loop(is_due)
-        except RuntimeError as error:
-            if not should_reduce_batch_size(error):
-                raise
-            half, double = max(1, split.batch_size // 2), 2 * split.gradient_accumulation_steps
-            raise ProcessError(
-                f"out of memory in step {run.step + 1}: try --per_device_train_batch_size {half} with "
-                f"--gradient_accumulation_steps {double}, or --gradient_checkpointing"
-            ) from error
+        training = Training(setup, run, model, optimizers, split, batches, log, writer, anomalies)
+        with out_of_memory_explained(args, split, run), writer:
+            is_stopped = training.loop(is_due)
     if not is_stopped:
-        finish(args, accelerator, model, data, lambda: card.at(run.position(), training.samples))
-        if repo_id and accelerator.is_main_process:
-            signals.end_at_once(UNPUBLISHED)
+        finish(setup, model, lambda: card.at(run.position(), training.samples))
+        if setup.repo_id and accelerator.is_main_process:
+            setup.signals.end_at_once(UNPUBLISHED)
             if publisher:
                 publisher.wait()
-            publish_final(args, repo_id)
+            publish_final(args, setup.repo_id)
     return is_stopped
 
 
+def build(setup: Setup) -> tuple[nn.Module, list[Optimizer], list[int]]:
+    """Model and optimizers as `accelerator.prepare` returns them, and how many parameters each group has."""
+    args, accelerator = setup.args, setup.accelerator
+    set_seed(args.seed)
+    attention = attention_on(accelerator.device, accelerator.mixed_precision, args.attn_implementation)
+    model = build_model(setup.config, args.model_name_or_path, attention, args.gradient_checkpointing)
+    num_parameters = [sum(map(torch.numel, group)) for group in parameter_groups(model)]
+    optimizers = build_optimizers(model, args.optim, args.learning_rate, args.weight_decay, accelerator.device)
+    model, *optimizers = accelerator.prepare(model, *optimizers)
+    return model, optimizers, num_parameters
+
+
+def new_run(setup: Setup, num_parameters: int) -> Run:
+    config, peak_flops = setup.config, hardware.peak_flops(setup.accelerator.device)
+    return Run(
+        tokens_per_step=setup.identity["tokens_per_step"],
+        identity=setup.identity,
+        flops_per_token=hardware.flops_per_token(num_parameters, config.n_layer, config.n_embd, setup.data.block_size),
+        peak_flops=peak_flops and peak_flops * setup.split.num_processes,
+    )
+
+
+def resume(setup: Setup, model: nn.Module, optimizers: list[Optimizer], run: Run, anomalies: Anomalies) -> dict:
+    """Take all that the checkpoint holds. Returns its position."""
+    args, accelerator = setup.args, setup.accelerator
+    position = load_checkpoint(accelerator, setup.checkpoint, model, optimizers)
+    run.resume(position)
+    anomalies.load(position["anomalies"])
+    accelerator.print(f"continuing from {setup.checkpoint}")
+    if accelerator.is_main_process:
+        write_arguments(setup.output_dir, asdict(args), setup.identity)
+        for folder in set_aside_later(setup.output_dir, run.step):
+            print(f"set aside, as this run goes on from an earlier step: {folder}")
+    return position
+
+
+def open_publisher(setup: Setup, card: RunCard, log: RunLog) -> publish.CheckpointPublisher | None:
+    args = setup.args
+    if not setup.repo_id or args.hub_strategy != "checkpoint":
+        return None
+    return publish.CheckpointPublisher(
+        setup.output_dir, setup.repo_id, args.hub_private_repo, card.complete, log.write
+    )
+
+
+@contextmanager
+def out_of_memory_explained(args: TrainArguments, split: Split, run: Run) -> Iterator[None]:
+    """
+    Raises:
+        ProcessError: where memory runs out, with what takes less.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not should_reduce_batch_size(error):
+            raise
+        less = "--gradient_checkpointing"
+        if split.batch_size % 2 == 0:
+            less = f"{flags_for(args, split, split.batch_size // 2)}, or {less}"
+        raise ProcessError(f"out of memory in step {run.step + 1}: try {less}") from error
+
+
 def summary(
-    args: TrainArguments, accelerator: Accelerator, data: TrainingData, tokens_per_step: int, groups: list[int]
+    args: TrainArguments, accelerator: Accelerator, data: TrainingData, tokens_per_step: int, num_parameters: list[int]
 ) -> str:
     """
     What is about to happen, in three lines.
 
     Args:
-        groups: how many parameters `parameter_groups` has in each.
+        num_parameters: of each of `parameter_groups`.
     """
-    *decayed, rest = groups
+    *decayed, rest = num_parameters
     tokens = args.max_steps * tokens_per_step
     text = ", ".join(source["name"] for source in data.sources)
     if data.statistics:
         text = f"{tokens / data.statistics['tokens']:.2f} epochs of {text}"
     device = hardware.device_description(accelerator.device, accelerator.num_processes)
     return (
-        f"{sum(groups):,} parameters: {sum(decayed):,} with weight decay, {rest:,} without\n"
+        f"{sum(num_parameters):,} parameters: {sum(decayed):,} with weight decay, {rest:,} without\n"
         f"{args.max_steps:,} steps of {tokens_per_step:,} tokens, {tokens:,} in all: {text}\n"
         f"{device}, {accelerator.mixed_precision}"
     )
@@ -324,32 +367,30 @@ class Training:
         model, optimizers: as `accelerator.prepare` returned them.
         split: of a step's rows; the batch size that fits into memory.
         batches: micro-batches (batch_size, block_size) of this process.
-        hellaswag: its items, none if it is not asked for.
         samples: the last ones written.
+        last_good: where this process stood before the steps in a row that were not finite.
     """
 
-    args: TrainArguments
+    setup: Setup
     run: Run
-    accelerator: Accelerator
     model: nn.Module
     optimizers: list[Optimizer]
     split: Split
-    batches: Iterator[torch.Tensor]
-    data: TrainingData
-    hellaswag: list[EncodedItem]
+    batches: Batches
     log: RunLog
     writer: CheckpointWriter
     anomalies: Anomalies
-    signals: StopSignals
-    watchdog: Watchdog
     samples: list[str] = field(default_factory=list)
 
-    def __post_init__(self):
-        self.output_dir = Path(self.args.output_dir)
+    def __post_init__(self) -> None:
+        self.args, self.accelerator, self.data = self.setup.args, self.setup.accelerator, self.setup.data
+        self.signals, self.watchdog = self.setup.signals, self.setup.watchdog
+        self.output_dir = self.setup.output_dir
         self.document_token_id = self.data.tokenizer.eos_token_id if self.args.document_attention else None
         self.vocab_size = self.plain_model().config.vocab_size
         self.first_step = self.run.step
         self.is_measured = False
+        self.last_good = self.state()
 
     def loop(self, is_due: bool) -> bool:
         """
@@ -404,7 +445,7 @@ class Training:
             micro_batches,
             self.accelerator,
             args.max_grad_norm,
-            self.anomalies.may_update,
+            self.anomalies.judge,
             self.note,
         )
         run.step += 1
@@ -419,7 +460,7 @@ class Training:
         is_last = run.step == args.max_steps
         if is_last or self.is_due(args.eval_steps):
             self.evaluate()
-        if self.hellaswag and (is_last or self.is_due(args.hellaswag_steps)):
+        if self.setup.hellaswag and (is_last or self.is_due(args.hellaswag_steps)):
             self.score_hellaswag()
         if is_last or self.is_due(args.sample_steps):
             self.write_samples()
@@ -480,7 +521,7 @@ class Training:
         """Where this process stands, between two steps."""
         return LoopState(
             position={**self.run.position(), "anomalies": self.anomalies.state(), "is_due": False},
-            stream=self.batches.position() if self.args.streaming else None,
+            stream=self.batches.position(),
             generators=generator_states(self.accelerator.device),
         )
 
@@ -538,10 +579,11 @@ class Training:
         run.restart_interval()
 
     def score_hellaswag(self) -> None:
+        items = self.setup.hellaswag
         items_at_once = max(1, self.split.batch_size // 4)  # an item is four rows
-        scores = score_on_all_processes(self.accelerator, self.plain_model(), self.hellaswag, items_at_once)
+        scores = score_on_all_processes(self.accelerator, self.plain_model(), items, items_at_once)
         if self.accelerator.is_main_process:
-            summary = summarise(self.hellaswag, scores, "completion")
+            summary = summarise(items, scores, "completion")
             values = {f"hellaswag_{key}": summary[key] for key in ("acc", "acc_norm", "n")}
             self.log.metrics(self.run, values)
             self.log.write(
@@ -580,18 +622,12 @@ class Training:
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
 
-def finish(
-    args: TrainArguments,
-    accelerator: Accelerator,
-    model: nn.Module,
-    data: TrainingData,
-    card: Callable[[], ModelCard],
-) -> None:
+def finish(setup: Setup, model: nn.Module, card: Callable[[], ModelCard]) -> None:
     """Write the final model and its card, and say how good it is."""
+    accelerator, data, output_dir = setup.accelerator, setup.data, setup.output_dir
     state_dict = full_weights(accelerator, model)  # on all processes: each may hold a part
     if not accelerator.is_main_process:
         return
-    output_dir = Path(args.output_dir)
     unwrapped = accelerator.unwrap_model(model, keep_torch_compile=False)
     publish.export(unwrapped, data.tokenizer, card(), output_dir, state_dict)
     evaluation = [line for line in read_metrics(output_dir) if "eval_loss" in line][-1]

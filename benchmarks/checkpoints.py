@@ -1,7 +1,7 @@
 """
 How long a checkpoint of GPT-2 124M stalls training, and what of it is hashing.
 
-    python benchmarks/checkpoints.py --output_dir /tmp/checkpoints
+    python benchmarks/checkpoints.py --output_dir /tmp
 
 Saves and loads one with AdamW's state (1.5 GB) `--rounds` times, through the code that the training loop calls, and
 prints medians of these, in seconds:
@@ -15,10 +15,11 @@ prints medians of these, in seconds:
     plain write   safetensors and torch.save alone, not flushed to the disk, hashed or renamed
 """
 
-import shutil
 import statistics
 import sys
+import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -44,7 +45,7 @@ from pretraining.optim import build_optimizers
 
 @dataclass
 class BenchmarkArguments:
-    output_dir: str = flag("checkpoints-benchmark", "a folder on the disk that is to be measured; deleted at the end")
+    output_dir: str = flag(".", "a folder on the disk that is to be measured")
     config_name: str = flag("124M", "the model: 124M, 350M, 774M or 1558M")
     rounds: int = flag(7, "how often")
 
@@ -54,46 +55,8 @@ def main() -> None:
     disable_progress_bar()
     if not torch.cuda.is_available():
         hardware.keep_freed_memory()
-    output_dir = Path(args.output_dir)
-    accelerator = Accelerator(cpu=not torch.cuda.is_available())
-    model = GPT2ScratchForCausalLM(GPT2ScratchConfig.from_preset(args.config_name)).train()
-    optimizers = build_optimizers(model, "adamw", 6e-4, 0.1, accelerator.device)
-    model, *optimizers = accelerator.prepare(model, *optimizers)
-    rows = torch.randint(0, model.config.vocab_size, (1, 256), device=accelerator.device)
-
-    def step() -> None:
-        accelerator.backward(model(rows, labels=rows, use_cache=False).loss)
-        optimizers[0].step()
-        optimizers[0].zero_grad()
-
-    seconds: dict[str, list[float]] = {}
-
-    def measure(name: str, work: Callable[[], object]) -> float:
-        started = time.perf_counter()
-        work()
-        seconds.setdefault(name, []).append(time.perf_counter() - started)
-        return seconds[name][-1]
-
-    step()  # makes the moments
-    writer = CheckpointWriter(accelerator, output_dir, model, optimizers, save_total_limit=2)
-    for number in range(1, args.rounds + 1):
-        usual = statistics.median(measure("step", step) for _ in range(5))
-        state = LoopState({"step": number}, None, generator_states(accelerator.device))
-        measure("stall", partial(writer.save, state))
-        started, steps = time.perf_counter(), 0
-        while writer.is_writing():
-            step()
-            steps += 1
-        seconds.setdefault("slowed", []).append(time.perf_counter() - started - steps * usual)
-        seconds.setdefault("written", []).append(time.perf_counter() - started)
-        writer.wait()
-        folder = checkpoint_folder(output_dir, number)
-        measure("hashing", partial(hash_all, folder))
-        measure("verify", partial(verify, folder))
-        measure("load", partial(load_checkpoint, accelerator, folder, model, optimizers))
-        measure("plain write", partial(plain_write, model, optimizers[0], output_dir))
-    size = sum(path.stat().st_size for path in folder.iterdir())
-    shutil.rmtree(output_dir)
+    with tempfile.TemporaryDirectory(dir=args.output_dir) as folder:
+        seconds, size = measure(args.config_name, args.rounds, Path(folder))
     rows = [
         [name, f"{statistics.median(values):.2f}", f"{min(values):.2f} to {max(values):.2f}"]
         for name, values in seconds.items()
@@ -105,6 +68,46 @@ def main() -> None:
             side_by_side.table(["seconds", "median", "range"], rows),
         )
     )
+
+
+def measure(config_name: str, rounds: int, output_dir: Path) -> tuple[dict[str, list[float]], int]:
+    """Seconds of everything, by its name, and the size of a checkpoint in bytes."""
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    model = GPT2ScratchForCausalLM(GPT2ScratchConfig.from_preset(config_name)).train()
+    optimizers = build_optimizers(model, "adamw", 6e-4, 0.1, accelerator.device)
+    model, *optimizers = accelerator.prepare(model, *optimizers)
+    row = torch.randint(0, model.config.vocab_size, (1, 256), device=accelerator.device)
+    seconds: dict[str, list[float]] = defaultdict(list)
+
+    def step() -> None:
+        accelerator.backward(model(row, labels=row, use_cache=False).loss)
+        optimizers[0].step()
+        optimizers[0].zero_grad()
+
+    def timed(name: str, work: Callable[[], object]) -> float:
+        seconds[name].append(side_by_side.seconds(work))
+        return seconds[name][-1]
+
+    step()  # makes the moments
+    with CheckpointWriter(accelerator, output_dir, model, optimizers, save_total_limit=2) as writer:
+        for number in range(1, rounds + 1):
+            usual = statistics.median(timed("step", step) for _ in range(5))
+            state = LoopState({"step": number}, None, generator_states(accelerator.device))
+            timed("stall", partial(writer.save, state))
+            started, steps = time.perf_counter(), 0
+            while writer.is_writing():
+                step()
+                steps += 1
+            side_by_side.synchronize()
+            seconds["slowed"].append(time.perf_counter() - started - steps * usual)
+            seconds["written"].append(time.perf_counter() - started)
+            writer.wait()
+            folder = checkpoint_folder(output_dir, number)
+            timed("hashing", partial(hash_all, folder))
+            timed("verify", partial(verify, folder))
+            timed("load", partial(load_checkpoint, accelerator, folder, model, optimizers))
+            timed("plain write", partial(plain_write, model, optimizers[0], output_dir))
+    return seconds, sum(path.stat().st_size for path in folder.iterdir())
 
 
 def hash_all(folder: Path) -> None:

@@ -20,10 +20,12 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import psutil
@@ -35,6 +37,9 @@ from pretraining.arguments import flag, parse_arguments, run_script
 from pretraining.corpus import embedded_corpus, local_corpus
 from pretraining.encoding import byte_level_bpe
 from pretraining.tokenizer import load_tokenizer, train_tokenizer
+
+if TYPE_CHECKING:
+    import tiktoken
 
 DOCUMENT_CHARACTERS = 4500  # about 1,000 tokens, as in FineWeb-Edu
 BLOCK_SIZE = 1024
@@ -121,7 +126,7 @@ def build_nanogpt_tokens(document: dict) -> np.ndarray:
 WAYS = {"ours": ours, "build-nanogpt's": build_nanogpt, "nanoGPT's": nanogpt}
 
 
-def encoding_of(tokenizer_dir: str):
+def encoding_of(tokenizer_dir: str) -> "tiktoken.Encoding":
     """As `tiktoken.get_encoding("gpt2")` would be if this tokenizer were GPT-2's."""
     import tiktoken
 
@@ -133,13 +138,13 @@ def encoding_of(tokenizer_dir: str):
 
 def measure_one(way: str, text: str, tokenizer_dir: str, num_proc: str) -> None:
     """In a process of its own: prints tokens, seconds, and the peak memory of the process and its children."""
-    import datasets.packaged_modules.json.json  # noqa: F401  no import is timed, of all three
+    import datasets.packaged_modules.json.json  # noqa: F401  imported before the clock starts, for all ways
 
     import prepare_data  # noqa: F401
 
     load_tokenizer(tokenizer_dir)  # transformers imports what it needs when it is called
     peak, done = [0], threading.Event()
-    sampler = threading.Thread(target=sample_memory, args=(peak, done))
+    sampler = threading.Thread(target=sample_memory, args=(peak, done), daemon=True)
     sampler.start()
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
@@ -220,7 +225,7 @@ def benchmark_rows(args: BenchmarkArguments, work: Path, tokenizer_dir: str) -> 
     shuffled = np.array_split(np.random.default_rng(0).permutation(len(dataset)), len(dataset) // BATCH_ROWS)
     batches = [batch.tolist() for batch in shuffled]
 
-    def seconds(read, indices) -> float:
+    def seconds(read: Callable, indices: list) -> float:
         started = time.perf_counter()
         for batch in indices:
             read(batch)

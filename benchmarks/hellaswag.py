@@ -26,6 +26,7 @@ from pathlib import Path
 
 import torch
 from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -103,7 +104,7 @@ def main() -> None:
     )
 
 
-def one_at_a_time(model, tokenizer, items: list[dict]) -> Sums:
+def one_at_a_time(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, items: list[dict]) -> Sums:
     sums = []
     for item in items:
         context = tokenizer.encode(item["ctx"])
@@ -122,14 +123,23 @@ def one_at_a_time(model, tokenizer, items: list[dict]) -> Sums:
     return sums
 
 
-def scorer(model, tokenizer, items: list[dict], protocol: Protocol, batch_size: int, bf16: bool = False) -> Sums:
+def scorer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    items: list[dict],
+    protocol: Protocol,
+    batch_size: int,
+    bf16: bool = False,
+) -> Sums:
     with torch.autocast(model.device.type, torch.bfloat16) if bf16 else nullcontext():
         encoded = encode_items(model.config, tokenizer, items, protocol)
         scores = score_items(model, encoded, batch_size, as_trees=can_be_trees(model, encoded))
     return [score["loglikelihoods"] for score in scores]
 
 
-def harness(model, tokenizer, items: list[dict], batch_size: int) -> Callable[[], Sums]:
+def harness(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, items: list[dict], batch_size: int
+) -> Callable[[], Sums]:
     try:
         from lm_eval.api.instance import Instance
         from lm_eval.models.huggingface import HFLM

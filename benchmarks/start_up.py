@@ -17,6 +17,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import side_by_side
@@ -52,11 +54,12 @@ def run_clm(saved: str, output_dir: str) -> None:
     )
 
     class FirstStep(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
+        def on_step_end(self, *args: object, **kwargs: object) -> None:
             Path(output_dir, "step").touch()
 
-    words = ["--output_dir", output_dir, "--bf16", "--max_steps", "2", "--report_to", "none", "--use_cpu"]
+    words = ["--output_dir", output_dir, "--bf16", "--max_steps", "2", "--report_to", "none"]
     words += ["--per_device_train_batch_size", str(ROWS), "--save_strategy", "no"]
+    words += [] if torch.cuda.is_available() else ["--use_cpu"]
     (training_args,) = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses(words)
     set_seed(training_args.seed)
     rows = load_from_disk(saved)
@@ -96,8 +99,9 @@ def measure(args: BenchmarkArguments) -> dict[str, float]:
         else:
             command, log = [__file__, args.saved, folder], Path(folder) / "step"
         environment = {"ACCELERATE_MIXED_PRECISION": "bf16", **os.environ, "HF_HUB_OFFLINE": "1"}
+        silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         started = time.perf_counter()
-        with subprocess.Popen([sys.executable, *command], env=environment, stderr=subprocess.DEVNULL) as process:
+        with subprocess.Popen([sys.executable, *command], env=environment, **silent) as process:
             while not (log.exists() and (log.name == "step" or log.stat().st_size)):
                 if process.poll() is not None:
                     raise RuntimeError(f"{args.measure} ended before its first step")
@@ -111,7 +115,6 @@ def measure(args: BenchmarkArguments) -> dict[str, float]:
 def main() -> None:
     args = parse_arguments(BenchmarkArguments, __doc__)
     if args.measure:
-        print()
         print(json.dumps(measure(args)))
         return
     with tempfile.TemporaryDirectory() as folder:

@@ -8,6 +8,7 @@ in a process of its own, in turns. The time is that of all steps but the first o
 """
 
 import json
+import math
 import os
 import resource
 import subprocess
@@ -61,8 +62,9 @@ def whole(args: BenchmarkArguments) -> dict[str, float]:
     (first,) = (line for line in lines if line["step"] == WARM_UP)
     tokens = lines[-1]["tokens"] - first["tokens"]
     seconds = lines[-1]["elapsed_seconds"] - first["elapsed_seconds"]
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    return {"tokens/s": tokens / seconds, "megabytes": peak * 1024 / 1e6}
+    # On a GPU its memory is known to the process itself alone.
+    peak = math.nan if torch.cuda.is_available() else resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    return {"tokens/s": tokens / seconds, "megabytes": peak / 1e6}
 
 
 def bare(args: BenchmarkArguments) -> dict[str, float]:

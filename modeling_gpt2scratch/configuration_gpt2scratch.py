@@ -1,5 +1,7 @@
 """GPT2Scratch model configuration."""
 
+from typing import Any
+
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
@@ -75,21 +77,21 @@ class GPT2ScratchConfig(PreTrainedConfig):
     tie_word_embeddings: bool = True
 
     @classmethod
-    def from_preset(cls, name: str, **changes) -> "GPT2ScratchConfig":
+    def from_preset(cls, name: str, **changes: Any) -> "GPT2ScratchConfig":
         """The config of a published size, one of `PRESETS`, with `changes` to it."""
         if name not in PRESETS:
             raise ValueError(f"There is no preset {name!r}; the presets are {', '.join(PRESETS)}.")
         return cls(**{**dict(zip(("n_layer", "n_head", "n_embd"), PRESETS[name], strict=True)), **changes})
 
     @classmethod
-    def get_config_dict(cls, *args, **kwargs) -> tuple[dict, dict]:
+    def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict, dict]:
         """As transformers', but the config of a stock GPT-2 is one of this model."""
         config_dict, kwargs = super().get_config_dict(*args, **kwargs)
         if config_dict.get("model_type") == "gpt2":
             config_dict["model_type"] = cls.model_type
         return config_dict, kwargs
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         # Not kept: under another type than its own, a model's weights would not be converted but stay random.
         if (model_type := kwargs.pop("model_type", "gpt2")) not in ("gpt2", self.model_type):
             raise ValueError(f"This is the config of a {model_type} model, not of a GPT-2.")
@@ -97,7 +99,7 @@ class GPT2ScratchConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         self.validate_architecture()  # `@strict` calls it too, but wraps the ValueError in an error of its own
 
-    def validate_architecture(self):
+    def validate_architecture(self) -> None:
         """Refuses shapes that no GPT-2 can have, and options of stock GPT-2 that would be ignored in silence."""
         for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner"):
             if getattr(self, name) < 1:

@@ -3,6 +3,8 @@
 Shapes in the comments: N tokens, C width, V vocabulary, R tokens of a tile.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -23,7 +25,7 @@ def causal_lm_loss(
     num_items_in_batch: torch.Tensor | int | None = None,
     ignore_index: int = -100,
     shift_labels: torch.Tensor | None = None,
-    **kwargs,
+    **kwargs: Any,
 ) -> torch.Tensor:
     """transformers' `ForCausalLMLoss`, from hidden states (B, T, C) and the head's weight instead of the logits."""
     if shift_labels is None:
@@ -86,7 +88,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """The loss of (N, C) hidden states, with both gradients of its sum computed on the way forward."""
 
     @staticmethod
-    def forward(ctx, hidden_states, weight, labels, num_items, ignore_index, grad_enabled):
+    def forward(
+        ctx: Any,
+        hidden_states: torch.Tensor,
+        weight: torch.Tensor,
+        labels: torch.Tensor,
+        num_items: torch.Tensor,
+        ignore_index: int,
+        grad_enabled: bool,
+    ) -> torch.Tensor:
         device = hidden_states.device.type
         autocast = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if autocast else hidden_states.dtype
@@ -100,7 +110,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss / num_items
 
     @staticmethod
-    def backward(ctx, grad_output):
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError(
                 "This loss can be differentiated once only; skip_logits=False gives one that can twice."

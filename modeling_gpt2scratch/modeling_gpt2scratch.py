@@ -7,7 +7,9 @@ import math
 from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import fields
+from os import PathLike
 from threading import RLock
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -51,7 +53,7 @@ def eager_attention_forward(
     attention_mask: torch.Tensor | None,
     scaling: float,
     dropout: float = 0.0,
-    **kwargs,
+    **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """softmax(Q K^T / sqrt(D)) V, written out; the other implementations come from transformers."""
     scores = torch.matmul(query, key.transpose(2, 3)) * scaling  # (B, H, T, keys)
@@ -179,7 +181,7 @@ class GPT2ScratchPreTrainedModel(PreTrainedModel):
             init.zeros_(module.bias)
 
     @classmethod
-    def from_pretrained(cls, *args, **kwargs):
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Self:
         """As transformers', of this model's own checkpoints and of any stock GPT-2's."""
         # Registered for the time of loading only: transformers takes a map that stays for a model's own file format.
         with LOADING:
@@ -189,7 +191,9 @@ class GPT2ScratchPreTrainedModel(PreTrainedModel):
             finally:
                 register_checkpoint_conversion_mapping(cls.config_class.model_type, [], overwrite=True)
 
-    def save_pretrained(self, save_directory, *args, save_original_format: bool = False, **kwargs):
+    def save_pretrained(
+        self, save_directory: str | PathLike, *args: Any, save_original_format: bool = False, **kwargs: Any
+    ) -> Any:
         """
         As transformers', in this model's own layout, with its code beside it.
 
@@ -395,7 +399,7 @@ class GPT2ScratchForCausalLM(GPT2ScratchPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
         )
 
-    def generate(self, *args, **kwargs):
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As transformers'. On a CPU in fp32, with oneDNN's matrix products, which read the weights faster."""
         with OneDnnLinear() if self.device.type == "cpu" else nullcontext():
             return super().generate(*args, **kwargs)

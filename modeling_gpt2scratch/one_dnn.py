@@ -1,5 +1,8 @@
 """Matrix products in fp32 on a CPU, by the faster of the two libraries that torch comes with."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
@@ -11,7 +14,7 @@ class OneDnnLinear(TorchFunctionMode):
     for rounding, and twice as fast where the CPU is not Intel's, of which MKL uses half.
     """
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
+    def __torch_function__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         is_linear = function is nn.functional.linear and not kwargs
         if is_linear and not torch.compiler.is_compiling() and self._is_for(*args):
             hidden, weight, *bias = args

@@ -1,1 +1,1 @@
-"""What prepare_data.py, train_accelerate.py and eval_hellaswag.py share. Imports the model, never a script."""
+"""What the scripts share. Imports the model, never a script. docs/how-it-works.md says where a change belongs."""

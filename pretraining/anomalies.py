@@ -38,7 +38,7 @@ class Anomalies:
     verdict: str = FINE
     deviations: float = 0.0
 
-    def may_update(self, result: StepResult) -> bool:
+    def judge(self, result: StepResult) -> bool:
         """Judge a step. Whether its update is to be applied."""
         self.verdict, self.deviations = FINE, 0.0
         if not math.isfinite(result.loss) or not (self.has_scaler or math.isfinite(result.grad_norm)):

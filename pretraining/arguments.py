@@ -1,6 +1,7 @@
 """Command lines and recipes: a dataclass of flags, filled from a YAML file and then from the command line."""
 
 import argparse
+import copy
 import dataclasses
 import difflib
 import json
@@ -9,7 +10,7 @@ import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import yaml
 from transformers import HfArgumentParser
@@ -32,7 +33,7 @@ class ProcessError(UserError):
     """A `UserError` that the other processes of a launch know nothing of."""
 
 
-def flag(default, help: str, **kwargs):
+def flag(default: Any, help: str, **kwargs: Any) -> Any:
     """A dataclass field that becomes a `--flag` of the same name."""
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata={"help": help, **kwargs})
@@ -44,7 +45,8 @@ def parse_arguments(arguments_class: type[T], description: str, argv: list[str] 
     Read `--config recipe.yaml` if there is one, then the command line, which wins.
 
     Args:
-        arguments_class: a dataclass whose fields are the flags. If it has a method `problems() -> list[str]`, that is
+        arguments_class: a dataclass whose fields are the flags, or one that inherits them from dataclasses with an
+            `_argument_group_name`, which --help shows as groups. If it has a method `problems() -> list[str]`, that is
             asked about values that do not fit together.
         argv: the command line, `sys.argv[1:]` if left out.
 
@@ -53,16 +55,19 @@ def parse_arguments(arguments_class: type[T], description: str, argv: list[str] 
             wrong type, and what `problems` returned.
     """
     # allow_abbrev would turn a mistyped `--eval` silently into `--eval_steps`.
+    groups = [base for base in reversed(arguments_class.__mro__) if "_argument_group_name" in vars(base)]
     parser = HfArgumentParser(
-        arguments_class,
+        groups or arguments_class,  # type: ignore[arg-type]
         description=description,
         allow_abbrev=False,
         exit_on_error=False,
         usage="%(prog)s [--config recipe.yaml] [--flag value ...]",
         formatter_class=_HelpFormatter,
     )
-    parser.add_argument("--config", metavar="FILE", help="a YAML recipe: flag names without the dashes, and values")
-    names = [field.name for field in dataclasses.fields(arguments_class)]
+    parser.add_argument(
+        "--config", type=str, metavar="FILE", help="a YAML recipe: flag names without the dashes, and values"
+    )
+    names = [field.name for field in dataclasses.fields(arguments_class)]  # type: ignore[arg-type]
     argv = list(sys.argv[1:] if argv is None else argv)
 
     # argparse stops at the first value it cannot convert: note it, drop the flag, and look for more.
@@ -91,6 +96,16 @@ def parse_arguments(arguments_class: type[T], description: str, argv: list[str] 
     return arguments
 
 
+def problems_of_minimum(args: object, names: list[str], least: int) -> list[str]:
+    """Of each of these flags that is given, and has too small a value."""
+    values = {name: getattr(args, name) for name in names}
+    return [
+        f"--{name} must be at least {least}, got {value}"
+        for name, value in values.items()
+        if value is not None and value < least
+    ]
+
+
 def run_script(main: Callable[[], None]) -> None:
     """Run a script's `main`; what the user can put right is printed as one line a problem, with exit status 2."""
     try:
@@ -106,7 +121,7 @@ def run_script(main: Callable[[], None]) -> None:
         sys.exit(130)
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """What an error of a library says, in one line of a bearable length."""
     return textwrap.shorten(str(error) or repr(error), width=300)
 
@@ -117,11 +132,23 @@ def nearest(name: str, names: list[str]) -> str:
     return f", did you mean {close[0]}?" if close else ""
 
 
-class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Keeps the lines of the description, and tells defaults where there is one to tell."""
+METAVARS = {int: "N", float: "X", str: "TEXT"}
 
-    def _get_help_string(self, action: argparse.Action) -> str:
-        return action.help if action.default in (None, False, [""]) else super()._get_help_string(action)
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Keeps the lines of the description, tells defaults where there is one to tell, and each flag by one name."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        says_nothing = action.default is None or action.default is False or action.default in ([], [""])
+        return action.help if says_nothing else super()._get_help_string(action)
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        return METAVARS.get(action.type, "true|false")  # type: ignore[call-overload]
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        action = copy.copy(action)  # without `--data-dir`, which HfArgumentParser takes for `--data_dir`
+        action.option_strings = [name for name in action.option_strings if "-" not in name.lstrip("-")]
+        return super()._format_action_invocation(action)
 
 
 def _read_recipe(path: str | None, names: list[str], problems: list[str]) -> list[str]:

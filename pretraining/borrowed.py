@@ -46,7 +46,9 @@ def open_borrowed_folder(folder: Path, tokenizer: PreTrainedTokenizerBase, block
     sizes = bytes_of_tokens(tokenizer)
     if sizes is None:
         raise UserError(f"{folder} holds token files, which need a byte-level BPE such as GPT-2's as --tokenizer_name")
-    problems, paths, files = [], token_files(folder), {"train": [], "validation": []}
+    problems: list[str] = []
+    paths = token_files(folder)
+    files: dict[str, list[TokenRows]] = {"train": [], "validation": []}
     for split, opened in files.items():
         for path in paths[split]:
             try:
@@ -90,7 +92,8 @@ def open_borrowed_folder(folder: Path, tokenizer: PreTrainedTokenizerBase, block
         block_size=block_size,
         fingerprint=digest,
         check=check,
-        **splits,
+        train=splits["train"],
+        validation=splits["validation"],
     )
 
 

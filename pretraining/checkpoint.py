@@ -18,6 +18,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -58,7 +59,7 @@ class LoopState:
     generators: dict[str, torch.Tensor]
 
 
-def full_weights(accelerator: Accelerator, model: nn.Module) -> dict[str, torch.Tensor]:
+def full_weights(accelerator: Accelerator, model: nn.Module) -> dict[str, Any]:
     """
     The model's weights under their own names, in fp32 and whole: on the first process, and nothing on the others.
     All have to ask, as each may hold a part. Tied weights are there once.
@@ -103,7 +104,7 @@ class CheckpointWriter:
     def __enter__(self) -> "CheckpointWriter":
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._thread.shutdown()
 
     def save(self, state: LoopState) -> None:
@@ -116,7 +117,9 @@ class CheckpointWriter:
         self.wait()
         weights = full_weights(self.accelerator, self.model)
         optimizers = _unwrapped(self.optimizers)
-        optimizer_state = {"optimizers": get_optimizer_state_dict(self.model, optimizers, options=WHOLE)}
+        optimizer_state: dict[str, Any] = {
+            "optimizers": get_optimizer_state_dict(self.model, optimizers, options=WHOLE)
+        }
         if self.accelerator.scaler is not None:
             optimizer_state["scaler"] = self.accelerator.scaler.state_dict()
         generators = gather_object([state.generators])
@@ -185,7 +188,9 @@ def load_checkpoint(accelerator: Accelerator, folder: Path, model: nn.Module, op
         UserError: if its files hold something else than a checkpoint does. Nothing is executed, whatever they hold.
     """
 
-    weights, optimizer_state = {}, {"optimizers": {}}  # the other processes get theirs below, tensor by tensor
+    # The other processes get theirs below, tensor by tensor.
+    weights: dict[str, Any] = {}
+    optimizer_state: dict[str, Any] = {"optimizers": {}}
 
     def read() -> tuple[dict, list]:
         nonlocal weights, optimizer_state
@@ -257,7 +262,7 @@ def _aliases(accelerator: Accelerator, model: nn.Module) -> dict[str, str]:
     return aliases
 
 
-def _copied(state: object) -> object:
+def _copied(state: Any) -> Any:
     """The same with tensors of its own, which do not change when those of `state` do."""
     if isinstance(state, dict):
         return {key: _copied(value) for key, value in state.items()}

@@ -115,7 +115,7 @@ def checkpoint_to_resume(output_dir: Path, resume_from_checkpoint: str) -> tuple
         if problems:
             raise UserError(*problems)
         return folder, []
-    damages = []
+    damages: list[str] = []
     for folder in reversed(checkpoints(output_dir)):
         problems = verify(folder)
         if not problems:

@@ -86,7 +86,9 @@ class _WithCache(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, input_ids, attention_mask, position_ids, past):
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor, past: list
+    ) -> tuple[torch.Tensor, list]:
         output = self.model(
             input_ids,
             attention_mask=attention_mask,
@@ -182,7 +184,7 @@ def _vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> tuple[li
     by_id = {index: token for token, index in tokenizer.get_vocab().items()}
     tokens = [by_id.get(index, f"[PAD{index}]") for index in range(vocab_size)]
     kind = gguf.TokenType
-    types = [
+    types: list[int] = [
         kind.UNUSED
         if index not in by_id
         else kind.CONTROL

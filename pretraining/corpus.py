@@ -9,6 +9,7 @@ import logging
 import random
 import sys
 import sysconfig
+import textwrap
 import time
 from array import array
 from collections.abc import Iterable, Iterator
@@ -23,6 +24,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
 from pretraining.arguments import UserError, one_line
+from pretraining.mixture import Source
 
 # datasets logs what it could not read before it raises; the error says it once.
 logging.getLogger("datasets").setLevel(logging.CRITICAL)
@@ -66,17 +68,17 @@ class Corpus:
         del self._without_text[:], self._with_invalid_utf8[:]
         before = 0
         for number, columns in enumerate(self._reads()):
-            if self.text_column not in columns and number > 0:
+            if self.text_column not in columns and (number > 0 or self._start is not None):
                 columns = {self.text_column: [None] * len(next(iter(columns.values())))}  # it is in other rows
             if self.text_column not in columns:
                 names = ", ".join(sorted(columns))
                 raise UserError(f"--text_column {self.text_column}: no such column, the data has: {names}")
             values = columns[self.text_column]
-            for index, value in enumerate(values, number * ROWS_PER_READ):
+            for value in values:
                 if value is not None and not isinstance(value, str | bytes):
-                    kind = type(value).__name__
-                    raise UserError(f"--text_column {self.text_column}: row {index} holds a {kind} instead of a text")
-            texts = []
+                    kind, shown = type(value).__name__, textwrap.shorten(str(value), 60)
+                    raise UserError(f"--text_column {self.text_column}: a row holds a {kind} and no text: {shown}")
+            texts: list[str] = []
             for value in values:
                 if not value:
                     self._without_text.append(before + len(texts))
@@ -162,6 +164,15 @@ def embedded_corpus() -> Corpus:
         description={"name": "the Python standard library", "revision": version, "files": len(files)},
         size=_total_size(files),
     )
+
+
+def open_texts(source: Source) -> tuple[Corpus, Corpus | None]:
+    """The text of a source for training, and that for validation if it is given apart."""
+    if not source.train_file:
+        name, config, revision = source.dataset_name, source.dataset_config_name, source.dataset_revision
+        return hub_corpus(name, config, revision, source.text_column), None
+    apart = local_corpus(source.validation_file, source.text_column) if source.validation_file else None
+    return local_corpus(source.train_file, source.text_column), apart
 
 
 def local_corpus(pattern: str, text_column: str = "text") -> Corpus:

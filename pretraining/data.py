@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -18,9 +19,11 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from pretraining.arguments import UserError
 from pretraining.files import usable_cores
-from pretraining.mixture import Schedule
+from pretraining.mixture import SourceOrder
 from pretraining.shards import TokenRows, checksum_problem, open_arrow_shard, read_data_folder
 from pretraining.signals import ignore_signals
+
+T = TypeVar("T")
 
 
 class PackedDataset(Dataset):
@@ -62,11 +65,11 @@ class PackedDataset(Dataset):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: list[int]) -> torch.Tensor:
-        indices = np.asarray(indices)
-        if indices.min() < 0 or indices.max() >= len(self):
-            raise IndexError(f"rows {indices.min()} to {indices.max()} of {len(self)}")
-        file = np.searchsorted(self._starts, indices, side="right") - 1
-        batch, row = np.divmod(indices - self._starts[file], self._batch_rows[file])
+        rows = np.asarray(indices)
+        if rows.min() < 0 or rows.max() >= len(self):
+            raise IndexError(f"rows {rows.min()} to {rows.max()} of {len(self)}")
+        file = np.searchsorted(self._starts, rows, side="right") - 1
+        batch, row = np.divmod(rows - self._starts[file], self._batch_rows[file])
         offset = self._offsets[file] + batch * self._batch_bytes[file] + row * self._row_bytes
         return torch.from_numpy(self._windows[offset // self._token_bytes])
 
@@ -98,7 +101,7 @@ class RowOrder(Sampler):
 
     Every epoch of a source is its own permutation of its rows; step s takes places [s * G, (s + 1) * G) of the
     permutations put end to end, where G = gradient_accumulation_steps * num_processes * batch_size. Of several
-    sources, a `Schedule` says whose turn it is. Yields, for the steps from `first_step` on, this process's
+    sources, a `SourceOrder` says whose turn it is. Yields, for the steps from `first_step` on, this process's
     `gradient_accumulation_steps` lists of `batch_size` row numbers each, counted through all sources.
     """
 
@@ -121,7 +124,7 @@ class RowOrder(Sampler):
         self.process_index = process_index
         self.seed = seed
         self.first_step = first_step
-        self.schedule = Schedule(weights or [1.0] * len(num_rows), [seed])
+        self.source_order = SourceOrder(weights or [1.0] * len(num_rows), [seed])
         self._permutations: dict[int, tuple[int, np.ndarray]] = {}  # by source: the epoch, and its order
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -135,7 +138,7 @@ class RowOrder(Sampler):
         """Row numbers of one micro-batch of this process."""
         micro_batch = (step * self.accumulation + micro_step) * self.num_processes + self.process_index
         places = np.arange(micro_batch * self.batch_size, (micro_batch + 1) * self.batch_size)
-        sources, numbers = self.schedule.locate(places)
+        sources, numbers = self.source_order.locate(places)
         epochs, offsets = np.divmod(numbers, self.num_rows[sources])
         rows = zip(sources.tolist(), epochs.tolist(), offsets.tolist(), strict=True)
         return [int(self.starts[source] + self._permutation(source, epoch)[offset]) for source, epoch, offset in rows]
@@ -163,7 +166,7 @@ def training_batches(dataset: PackedDataset, order: RowOrder, num_workers: int =
     )
 
 
-def as_it_is(batch):
+def as_it_is(batch: T) -> T:
     return batch
 
 
@@ -205,7 +208,8 @@ def open_data_folder(folder: Path, tokenizer_fingerprint: str | None = None) -> 
     """
     info = read_data_folder(folder)
     tokenizer, block_size = info["tokenizer"], info["block_size"]
-    problems, shards, files = [], [], {"train": [], "validation": []}
+    problems, shards = [], []
+    files: dict[str, list[TokenRows]] = {"train": [], "validation": []}
     if tokenizer_fingerprint not in (None, tokenizer["fingerprint"]):
         problems.append(
             f"{folder} was made with a tokenizer of the fingerprint {tokenizer['fingerprint'][:16]}..., the one to be "

@@ -4,7 +4,7 @@ import itertools
 import json
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import tiktoken
@@ -116,7 +116,7 @@ def _batches(documents: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, s
         yield batch
 
 
-def _join(batch: list[tuple[str, str]], future) -> Iterator[tuple[str, str, np.ndarray]]:
+def _join(batch: list[tuple[str, str]], future: Future) -> Iterator[tuple[str, str, np.ndarray]]:
     for (split, text), ids in zip(batch, future.result(), strict=True):
         yield split, text, ids
 

@@ -95,13 +95,13 @@ def write_samples(
         is_sharded: each process holds a part of the weights, so that all have to call this together.
     """
     model.eval()
-    texts = []
+    texts: list[str] = []
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         for ids in encode_prompts(tokenizer, prompts, model.config.n_positions):
             input_ids = torch.tensor([ids], device=model.device)
-            output = model.generate(
+            output = model.generate(  # type: ignore[operator]
                 input_ids,
                 attention_mask=torch.ones_like(input_ids),
                 max_length=min(len(ids) + SAMPLE_TOKENS, model.config.n_positions),
@@ -110,6 +110,6 @@ def write_samples(
                 pad_token_id=tokenizer.eos_token_id,
                 synced_gpus=is_sharded,
             )
-            texts.append(tokenizer.decode(output[0], skip_special_tokens=True))
+            texts += tokenizer.batch_decode(output, skip_special_tokens=True)
     model.train()
     return texts

@@ -6,17 +6,19 @@ import platform
 import torch
 
 # Dense bf16 peak of one device with fp32 accumulation, in FLOP/s, from the vendors' data sheets. The first name that
-# occurs in the device's name counts.
+# occurs in the device's name counts. Laptops' GPUs, which have the names of larger ones, are not among them.
 PEAK_FLOPS = {
     "B200": 2250e12,
     "H200": 989e12,
     "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
     "H100": 989e12,
     "A100": 312e12,
     "L40S": 362e12,
+    "L40": 181e12,
     "L4": 121e12,
-    "RTX 4090": 165e12,
-    "RTX 3090": 71e12,
+    "GeForce RTX 4090": 165e12,
+    "GeForce RTX 3090": 71e12,
 }
 
 
@@ -25,7 +27,7 @@ def peak_flops(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((flops for key, flops in PEAK_FLOPS.items() if key in name), None)
+    return next((flops for key, flops in PEAK_FLOPS.items() if key in name and "Laptop" not in name), None)
 
 
 def flops_per_token(num_parameters: int, n_layer: int, n_embd: int, sequence_length: int) -> int:
@@ -37,7 +39,7 @@ def flops_per_token(num_parameters: int, n_layer: int, n_embd: int, sequence_len
 
 
 def device_description(device: torch.device, num_processes: int) -> str:
-    """For the model card: `1 x NVIDIA H100 80GB HBM3`, or `1 process, CPU (x86_64, 2 threads)`."""
+    """As `1 x NVIDIA H100 80GB HBM3`, or `1 process, CPU (x86_64, 2 threads each)`."""
     if device.type == "cuda":
         return f"{num_processes} x {torch.cuda.get_device_name(device)}"
     processes = "1 process" if num_processes == 1 else f"{num_processes} processes"

@@ -1,9 +1,10 @@
-"""What goes wrong on the Hub, or on the way to it, told in one line."""
+"""Repositories on the Hub, and what goes wrong there or on the way to it, told in one line."""
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
-from huggingface_hub import constants
+from huggingface_hub import HfApi, ModelCard, constants
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
 from pretraining.arguments import UserError, one_line
@@ -13,8 +14,17 @@ class HubRefusal(UserError):
     """The Hub was reached, and does not allow it; asking again later will not help."""
 
 
+def problems_of_repository(args: Any) -> list[str]:
+    """Of the flags that say where on the Hub a model is to be."""
+    found = ["--hub_model_id is empty"] if args.hub_model_id == "" else []
+    if args.push_to_hub:
+        return found
+    given = [name for name in ("hub_model_id", "hub_private_repo") if getattr(args, name)]
+    return found + [f"--{name} {getattr(args, name)} is for --push_to_hub: give both" for name in given]
+
+
 @contextlib.contextmanager
-def told(repo_id: str) -> Iterator[None]:
+def hub_errors_as_user_errors(repo_id: str) -> Iterator[None]:
     """What goes wrong within, on the Hub or on the way to it, becomes a `UserError` of one line."""
     try:
         yield
@@ -30,3 +40,25 @@ def told(repo_id: str) -> Iterator[None]:
         elif not is_refusal:
             problem += f" ({constants.ENDPOINT})"
         raise (HubRefusal if is_refusal else UserError)(f"--push_to_hub {repo_id} failed: {problem}") from None
+
+
+def create_repository(repo_id: str, private: bool, license: str | None = None, repo_type: str = "model") -> str:
+    """
+    Make a repository on the Hub, if it is not there. Returns its whole name, with the user's.
+
+    Args:
+        license: of a model's weights, if the Hub is to check now what it will check when there is a card.
+        repo_type: "model" or "dataset".
+
+    Raises:
+        UserError: if the Hub cannot be reached; HubRefusal if it refuses that, or to write there.
+    """
+    api = HfApi()
+    with hub_errors_as_user_errors(repo_id):
+        repo_id = api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True).repo_id
+        api.auth_check(repo_id, repo_type=repo_type, write=True)  # one that was there may be one to read only
+        if private and not api.repo_info(repo_id, repo_type=repo_type).private:
+            raise ValueError("it is there, and public: leave --hub_private_repo out, or make it private there")
+        if license:
+            ModelCard(f"---\nlicense: {license}\n---\n").validate()
+    return repo_id

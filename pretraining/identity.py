@@ -33,15 +33,17 @@ def identity(
     }
 
 
-def differences(before: dict, now: dict, allowed: list[str]) -> list[str]:
+def differences(before: dict, now: dict, allowed: list[str], defaults: dict | None = None) -> list[str]:
     """
     What speaks against going on: a line for each field that differs, with both values.
 
     Args:
         before, now: as `identity` made them, `before` read from a file that may be of another version.
         allowed: names of CHANGEABLE that may differ.
+        defaults: of the settings; a flag that the version before did not have was at its default.
     """
     found = []
+    before = {**before, "settings": {**(defaults or {}), **before.get("settings", {})}}
     for part, what in (("settings", "--{}"), ("config", "a model of {}")):
         for key, value in now[part].items():
             old = before.get(part, {}).get(key)

@@ -37,9 +37,9 @@ def describe(
         {
             "process": split.process_index,
             "micro_batch": index,
-            "loss": _finite(losses[index] * split.num_processes * split.gradient_accumulation_steps),
+            "loss": finite(losses[index] * split.num_processes * split.gradient_accumulation_steps),
             "rows": data.row_numbers(split, seed, step - 1, index),
-            "texts": [shorten(data.tokenizer.decode(row[:SHOWN_TOKENS].tolist()), 80) for row in rows[index]],
+            "texts": [shorten(text, 80) for text in data.tokenizer.batch_decode(rows[index][:, :SHOWN_TOKENS])],
         }
         for index in to_blame
     ]
@@ -47,8 +47,8 @@ def describe(
     return {
         "step": step,
         "event": anomalies.verdict,
-        "loss": _finite(result.loss),
-        "grad_norm": _finite(result.grad_norm),
+        "loss": finite(result.loss),
+        "grad_norm": finite(result.grad_norm),
         "deviations": round(anomalies.deviations, 2),
         "update": "left out" if is_left_out else "applied",
         "micro_batches": [each for described in gather_object([mine]) for each in described],
@@ -72,7 +72,7 @@ def sentence(event: dict) -> str:
     )
 
 
-def _finite(value: float) -> float | None:
+def finite(value: float) -> float | None:
     """JSON has no word for what is not finite."""
     return value if math.isfinite(value) else None
 

@@ -32,7 +32,7 @@ def document_positions(input_ids: torch.Tensor, document_token_id: int) -> torch
     Positions (B, T) that start again at each document of a row, which keeps documents apart in this model.
 
     The end-of-text token counts as the first of the document behind it: so its one place in a document teaches how to
-    end one, by being foretold, and how to begin one, as it does when text is generated from nothing.
+    end one, by being predicted, and how to begin one, as it does when text is generated from nothing.
     """
     index = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
     starts = torch.where(input_ids == document_token_id, index, 0).cummax(-1).values

@@ -82,15 +82,15 @@ def loglikelihoods(model: PreTrainedModel, groups: Sequence[list[Continuation]],
     else:
         inputs = {"input_ids": _padded([each.token_ids[:-1] for each in flat], model.device)}
         # Padding on the right needs no attention mask: no token sees what comes after it.
-        places = [(row, range(len(each.token_ids) - 1)) for row, each in enumerate(flat)]
+        places = [(row, list(range(len(each.token_ids) - 1))) for row, each in enumerate(flat)]
     # A token is predicted by the one before it, the last of the context by several.
     width = inputs["input_ids"].shape[1]
-    predictors, targets = [], []
+    nodes, next_ids = [], []
     for (row, path), (token_ids, num_scored) in zip(places, flat, strict=True):
-        predictors += [row * width + node for node in path[-num_scored:]]
-        targets += token_ids[-num_scored:]
-    predictors, which = torch.tensor(predictors).unique(return_inverse=True)
-    which, targets = which.to(model.device), torch.tensor(targets, device=model.device)
+        nodes += [row * width + node for node in path[-num_scored:]]
+        next_ids += token_ids[-num_scored:]
+    predictors, which = torch.tensor(nodes).unique(return_inverse=True)
+    which, targets = which.to(model.device), torch.tensor(next_ids, device=model.device)
     positions = (predictors // width).to(model.device), (predictors % width).to(model.device)
     with torch.no_grad(), OneDnnLinear(), _logits_only_of(model, positions):
         logits = model(**inputs, use_cache=False).logits  # (len(predictors), vocabulary)

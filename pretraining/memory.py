@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 from accelerate import Accelerator
@@ -37,16 +36,24 @@ def fit_into_memory(
     batch_size = fitting_batch_size(try_batch, split.batch_size)
     if batch_size == split.batch_size:
         return split
-    accumulation = split.gradient_accumulation_steps * split.batch_size // batch_size
-    fits = f"--per_device_train_batch_size {batch_size} with --gradient_accumulation_steps {accumulation}"
+    fits = flags_for(args, split, batch_size)
     if not args.auto_batch_size:
         raise UserError(
             f"out of memory with --per_device_train_batch_size {split.batch_size}: {fits} fits and trains the same "
             "(--auto_batch_size goes on with it)"
         )
     accelerator.print(f"out of memory with {split.batch_size} rows at once: going on with {fits}")
-    accelerator.gradient_accumulation_steps = accumulation
-    return replace(split, batch_size=batch_size, gradient_accumulation_steps=accumulation)
+    split = split.with_batch_size(batch_size)
+    accelerator.gradient_accumulation_steps = split.gradient_accumulation_steps
+    return split
+
+
+def flags_for(args: TrainArguments, split: Split, batch_size: int) -> str:
+    """The flags by which micro-batches of `batch_size`, which divides the split's, make up the same global batch."""
+    accumulation = split.with_batch_size(batch_size).gradient_accumulation_steps
+    flags = f"--per_device_train_batch_size {batch_size}"
+    # Of --tokens_per_step it is worked out, and may not be given.
+    return flags if args.tokens_per_step else f"{flags} with --gradient_accumulation_steps {accumulation}"
 
 
 def try_micro_batch(model: nn.Module, inputs: dict, accelerator: Accelerator) -> None:

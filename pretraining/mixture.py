@@ -29,29 +29,39 @@ class Source:
     validation_file: str | None = None
     weight: float = 1.0
 
+    @classmethod
+    def of(cls, args: object) -> "Source":
+        """The one that flags name."""
+        return cls(**{field.name: getattr(args, field.name) for field in fields(cls) if hasattr(args, field.name)})
+
     @property
     def name(self) -> str:
         return self.data_dir or self.dataset_name or self.train_file or "a source without a name"
 
     def problems(self, streaming: bool) -> list[str]:
-        """What is wrong with it by itself: an empty list if nothing is."""
-        found = []
+        """What is wrong with it by itself, to train on: an empty list if nothing is."""
+        found = self.problems_of_text()
         if sum(map(bool, (self.data_dir, self.dataset_name, self.train_file))) != 1:
             found.append("give one of --data_dir, --dataset_name and --train_file")
         if self.data_dir and streaming:
             found.append(f"--data_dir {self.data_dir} is packed already: leave --streaming out")
         if self.train_file and not streaming:
             found.append("--train_file is text: add --streaming, or pack it first with prepare_data.py")
-        if (self.dataset_config_name or self.dataset_revision) and not self.dataset_name:
-            found.append("--dataset_config_name and --dataset_revision need --dataset_name")
-        if self.validation_file and not self.train_file:
-            found.append("--validation_file needs --train_file")
         for field in fields(self):
             value = getattr(self, field.name)
             if field.name != "weight" and not isinstance(value, str | None):
                 found.append(f"{field.name} of a source must be a text, got {value}")
         if not isinstance(self.weight, float) or not 0 < self.weight < float("inf"):
             found.append(f"the weight of {self.name} must be a number above 0, got {self.weight}")
+        return found
+
+    def problems_of_text(self) -> list[str]:
+        """Of the flags that only go with another one."""
+        found = []
+        if (self.dataset_config_name or self.dataset_revision) and not self.dataset_name:
+            found.append("--dataset_config_name and --dataset_revision need --dataset_name")
+        if self.validation_file and not self.train_file:
+            found.append("--validation_file needs --train_file")
         return found
 
 
@@ -85,7 +95,7 @@ def parse_mixture(entries: list[str]) -> list[Source]:
     return sources
 
 
-class Schedule:
+class SourceOrder:
     """
     From which source each row comes, as a pure function of its place: any place can be asked for, in any order.
 

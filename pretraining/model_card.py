@@ -6,7 +6,7 @@ import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedConfig
@@ -228,7 +228,12 @@ def example_prompt(prompts: list[str], config: PreTrainedConfig) -> str:
 
 
 def converted_card(
-    text: str | None, folder: Path, format: Format, config: PreTrainedConfig, outtype: str = "f32"
+    text: str | None,
+    folder: Path,
+    format: Format,
+    config: PreTrainedConfig,
+    outtype: str = "f32",
+    license: str | None = None,
 ) -> ModelCard:
     """
     The card of a model in another format, made of its own: with an example for that format. All else stays, what
@@ -238,11 +243,13 @@ def converted_card(
         text: of the model's card, None if it has none.
         folder: where the converted model is.
         outtype: the type of its matrices.
+        license: of the weights, None to leave it.
     """
-    card = renamed_card(text, str(folder), None)
-    card.data.library_name = LIBRARY[format]
-    card.data.pipeline_tag = "text-generation"
-    card.data.tags = list(dict.fromkeys([*(card.data.tags or ["gpt2"]), *([format] if format != "gpt2" else [])]))
+    card = renamed_card(text, str(folder), license)
+    data: Any = card.data
+    data.library_name = LIBRARY[format]
+    data.pipeline_tag = "text-generation"
+    data.tags = list(dict.fromkeys([*(data.tags or ["gpt2"]), *([format] if format != "gpt2" else [])]))
     prompt = re.search(rf"generator\(({STRING})", card.text)
     prompts = [json.loads(prompt[1])] if prompt else []
     converted = f"Converted to {NAMES[format]}, in {outtype}. The figures below were measured before that."
@@ -268,10 +275,10 @@ def renamed_card(text: str | None, name: str, license: str | None) -> ModelCard:
     """
     title = title_of(name)
     card = _read(text if text is not None else f"# {title}\n")
-    data = card.data
+    data: Any = card.data
     if data.model_name:
-        old = re.compile(rf"^# {re.escape(data.model_name)}$", flags=re.M)
-        card.text = old.sub(lambda _: f"# {title}", card.text, count=1)
+        heading = rf"^# {re.escape(data.model_name)}$"
+        card.text = re.sub(heading, lambda _: f"# {title}", card.text, count=1, flags=re.M)
         data.model_name = title
     if license:
         card.text = card.text.replace(f"The weights: `{data.license}`.", f"The weights: `{license}`.")

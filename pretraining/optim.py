@@ -1,12 +1,16 @@
 """Parameter groups, the optimizers AdamW and Muon, and learning-rate schedules."""
 
 import math
+from typing import Literal, assert_never
 
 import torch
 from torch import nn
 from torch.optim import AdamW, Muon, Optimizer
 
 ADAM_BETAS = (0.9, 0.95)  # GPT-3 paper, appendix B
+LRSchedulerType = Literal[
+    "cosine_with_min_lr", "cosine", "linear", "constant", "constant_with_warmup", "warmup_stable_decay"
+]
 
 
 def build_optimizers(
@@ -58,10 +62,7 @@ def parameter_groups(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Para
     return hidden, other_matrices, vectors
 
 
-SCHEDULES = ("cosine_with_min_lr", "cosine", "linear", "constant", "constant_with_warmup", "warmup_stable_decay")
-
-
-def learning_rate_factor(step: int, schedule: str, warmup_steps: int, max_steps: int) -> float:
+def learning_rate_factor(step: int, schedule: LRSchedulerType, warmup_steps: int, max_steps: int) -> float:
     """
     What to multiply the peak learning rate by at `step` (from 0): a pure function, so there is no state to save.
 
@@ -80,11 +81,11 @@ def learning_rate_factor(step: int, schedule: str, warmup_steps: int, max_steps:
         return 0.5 * (1 + math.cos(math.pi * progress))
     if schedule == "linear":
         return 1 - progress
-    if schedule in ("constant", "constant_with_warmup"):
+    if schedule == "constant" or schedule == "constant_with_warmup":
         return 1.0
     if schedule == "warmup_stable_decay":
         return min(1.0, (1 - progress) / 0.2)
-    raise ValueError(f"unknown schedule {schedule!r}, one of {', '.join(SCHEDULES)}")
+    assert_never(schedule)
 
 
 def set_learning_rate(optimizers: list[Optimizer], factor: float) -> float:

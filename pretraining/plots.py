@@ -3,16 +3,21 @@
 import math
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pretraining.files import INCOMPLETE
 from pretraining.published import HELLASWAG_ACC_NORM
 from pretraining.runlog import read_metrics
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 SETTLED = 0.05  # part of the tokens seen after which a loss has to be in the picture
 LABEL_HEIGHT = 0.04  # of a reference line's name, as a part of the plot's height
 
 
-def plot_loss(output_dir: Path, reference_losses: dict[str, float]) -> Path:
+def plot_loss(output_dir: Path, reference_losses: dict[str, float]) -> None:
     """
     Draw plots/loss.png: training and validation loss over the tokens seen.
 
@@ -36,10 +41,10 @@ def plot_loss(output_dir: Path, reference_losses: dict[str, float]) -> Path:
     margin = 0.03 * (highest - min(settled)) + 0.02
     axes.set_ylim(min([*settled, *references.values()]) - margin, highest + margin)
     _reference_lines(axes, references)
-    return _save(figure, axes, output_dir / "plots" / "loss.png")
+    _save(figure, axes, output_dir / "plots" / "loss.png")
 
 
-def plot_hellaswag(output_dir: Path) -> Path:
+def plot_hellaswag(output_dir: Path) -> None:
     """Draw plots/hellaswag.png: accuracy over the tokens seen, beside what OpenAI's models reach."""
     lines = [line for line in read_metrics(output_dir) if "hellaswag_acc_norm" in line]
     tokens = [line["tokens"] for line in lines]
@@ -49,10 +54,10 @@ def plot_hellaswag(output_dir: Path) -> Path:
         axes.plot(tokens, values, color=color, marker="o", markersize=4, label=label)
     _reference_lines(axes, {"chance": 25.0} | HELLASWAG_ACC_NORM)
     axes.set_ylabel(f"HellaSwag, % of {lines[-1]['hellaswag_n']:,} items")
-    return _save(figure, axes, output_dir / "plots" / "hellaswag.png")
+    _save(figure, axes, output_dir / "plots" / "hellaswag.png")
 
 
-def _new_figure():
+def _new_figure() -> "tuple[Figure, Axes]":
     import matplotlib
 
     matplotlib.use("Agg")
@@ -61,7 +66,7 @@ def _new_figure():
     return plt.subplots(figsize=(8, 5), layout="constrained")
 
 
-def _reference_lines(axes, values: dict[str, float]) -> None:
+def _reference_lines(axes: "Axes", values: dict[str, float]) -> None:
     """Dashed lines, each with its name on the right, where names of close lines make room for each other."""
     for value in values.values():
         axes.axhline(value, color="tab:gray", linestyle="--", linewidth=0.8)
@@ -72,7 +77,7 @@ def _reference_lines(axes, values: dict[str, float]) -> None:
         axes.text(1.01, height, f"{name} {value:.2f}", transform=axes.transAxes, va="center", fontsize=8, color="0.3")
 
 
-def _save(figure, axes, path: Path) -> Path:
+def _save(figure: "Figure", axes: "Axes", path: Path) -> None:
     import matplotlib.pyplot as plt
     from matplotlib.ticker import EngFormatter
 
@@ -86,4 +91,3 @@ def _save(figure, axes, path: Path) -> Path:
     figure.savefig(temporary, dpi=120, format="png")
     plt.close(figure)
     os.replace(temporary, path)
-    return path

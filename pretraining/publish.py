@@ -14,7 +14,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from pretraining.arguments import UserError, one_line
 from pretraining.checkpoint_folders import step_of
 from pretraining.files import INCOMPLETE
-from pretraining.hub import told
+from pretraining.hub import create_repository, hub_errors_as_user_errors
 from pretraining.model_card import CARD, renamed_card
 
 WEIGHTS = "model.safetensors"
@@ -63,27 +63,6 @@ def write_companions(tokenizer: PreTrainedTokenizerBase, n_positions: int, card:
     card.save(folder / CARD)
 
 
-def create_repository(repo_id: str, private: bool, license: str | None = None) -> str:
-    """
-    Make a model repository on the Hub, if it is not there. Returns its whole name, with the user's.
-
-    Args:
-        license: of the weights, if the Hub is to check now what it will check when there is a card.
-
-    Raises:
-        UserError: if the Hub cannot be reached; HubRefusal if it refuses that, or to write there.
-    """
-    api = HfApi()
-    with told(repo_id):
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        api.auth_check(repo_id, write=True)  # a repository that was there may be one to read only
-        if private and not api.model_info(repo_id).private:
-            raise ValueError("it is there, and public: leave --hub_private_repo out, or make it private there")
-        if license:
-            ModelCard(f"---\nlicense: {license}\n---\n").validate()
-    return repo_id
-
-
 def push(folder: Path, repo_id: str, private: bool, message: str, license: str | None = None) -> str:
     """
     Publish a folder's model on the Hub, in one commit, its card under the repository's name. What was uploaded before
@@ -101,7 +80,7 @@ def push(folder: Path, repo_id: str, private: bool, message: str, license: str |
         raise UserError(f"{folder / CARD} tells a path of this machine, {folder.resolve()}: take it out")
     repo_id = create_repository(repo_id, private)
     card = renamed_card(text, repo_id, license)
-    with told(repo_id):
+    with hub_errors_as_user_errors(repo_id):
         operations = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in published(folder)]
         operations.append(CommitOperationAdd(CARD, str(card).encode()))
         commit = HfApi().create_commit(repo_id, operations, commit_message=message)

@@ -1,13 +1,12 @@
 """A data folder as a dataset on the Hub, with a card."""
 
-import json
 from pathlib import Path
 
 from huggingface_hub import DatasetCard, DatasetCardData, HfApi
 
 from pretraining.arguments import UserError
-from pretraining.hub import told
-from pretraining.shards import checksum_problem
+from pretraining.hub import create_repository, hub_errors_as_user_errors
+from pretraining.shards import checksum_problem, read_data_folder
 
 
 def push_dataset(folder: Path, repo_id: str, private: bool) -> str:
@@ -15,17 +14,16 @@ def push_dataset(folder: Path, repo_id: str, private: bool) -> str:
     Publish a data folder as a dataset on the Hub, with a card, in one commit. Returns its address.
 
     Raises:
-        UserError: if the Hub refuses, or cannot be reached. There is no half of it then.
+        UserError: if a file is damaged, or the Hub refuses, or cannot be reached. There is no half of it then.
     """
-    info = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
+    info = read_data_folder(folder)
     shards = [shard for split in info["splits"].values() for shard in split["shards"]]
     if damaged := [problem for shard in shards if (problem := checksum_problem(folder / shard["file"], shard))]:
         raise UserError(*damaged)
-    api = HfApi()
-    with told(repo_id):
-        dataset_card(info, repo_id).save(folder / "README.md")
-        repo_id = api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True).repo_id
-        commit = api.upload_folder(
+    repo_id = create_repository(repo_id, private, repo_type="dataset")
+    dataset_card(info, repo_id).save(folder / "README.md")
+    with hub_errors_as_user_errors(repo_id):
+        commit = HfApi().upload_folder(
             repo_id=repo_id,
             repo_type="dataset",
             folder_path=folder,

@@ -16,9 +16,11 @@ from pretraining.checkpoint_folders import checkpoint_to_resume, checkpoints, re
 from pretraining.files import INCOMPLETE, locked, write_text
 from pretraining.identity import differences
 from pretraining.launch import on_main_process
+from pretraining.training_arguments import TrainArguments
 
 TRAINING_ARGS = "training_args.yaml"
 IDENTITY = "identity.json"
+DEFAULTS = TrainArguments().settings()
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,7 @@ def _check_finished(output_dir: Path, identity: dict) -> None:
         before = dict(json.loads((output_dir / IDENTITY).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return  # a model that came from elsewhere: it is left as it is
-    if problems := differences(before, identity, allowed=["mixed_precision"]):  # that of this launch, for nothing
+    if problems := differences(before, identity, ["mixed_precision"], DEFAULTS):  # that of this launch, for nothing
         raise UserError(*(f"{output_dir} holds a finished run, of {problem}" for problem in problems))
 
 
@@ -145,5 +147,5 @@ def _check_position(folder: Path, allow_changes: list[str], identity: dict) -> N
     max_steps = identity["settings"]["max_steps"]
     if step >= max_steps:
         raise UserError(f"{folder} has --max_steps {max_steps} behind it: nothing is left to train")
-    if problems := differences(before, identity, allow_changes):
+    if problems := differences(before, identity, allow_changes, DEFAULTS):
         raise UserError(*(f"{folder} is of {problem}" for problem in problems))

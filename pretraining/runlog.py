@@ -6,6 +6,7 @@ import contextlib
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -14,6 +15,7 @@ from tqdm import tqdm
 
 from pretraining.arguments import ProcessError, one_line
 from pretraining.files import write_text
+from pretraining.incidents import finite
 from pretraining.run import Run
 
 METRICS_FILE = "metrics.jsonl"
@@ -64,7 +66,7 @@ class RunLog:
                 key: value if isinstance(value, int | float) else str(value) for key, value in settings.items()
             }
             for name in report_to:
-                if not self.attempt(name, lambda name=name: self._open(name, output_dir, first_step, settings)):
+                if not self.attempt(name, partial(self._open, name, output_dir, first_step, settings)):
                     self._note_unsent(name, first_step)
         bar_is_here = accelerator.is_local_main_process
         self.bar = tqdm(total=max_steps, initial=first_step, desc="training", unit="step", disable=not bar_is_here)
@@ -72,7 +74,7 @@ class RunLog:
     def __enter__(self) -> "RunLog":
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.bar.close()
         for name, tracker in list(self.trackers.items()):
             self.attempt(name, tracker.finish)
@@ -88,9 +90,9 @@ class RunLog:
         if not self.is_main:
             return
         clock = dict(zip(CLOCK, (run.step, run.tokens, round(run.elapsed_seconds, 3)), strict=True))
-        self._append(METRICS_FILE, clock | values)
+        self._append(METRICS_FILE, clock | {key: finite(value) for key, value in values.items()})
         for name, tracker in list(self.trackers.items()):
-            if not self.attempt(name, lambda tracker=tracker: tracker.log(values, step=run.step)):
+            if not self.attempt(name, partial(tracker.log, values, step=run.step)):
                 self._note_unsent(name, run.step - 1)
 
     def event(self, event: dict) -> None:

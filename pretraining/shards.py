@@ -35,7 +35,7 @@ class ShardWriter:
         self.schema = Features({"input_ids": List(Value(str(self.dtype)), length=block_size)}).arrow_schema
         self.rows_per_shard = max(1, shard_tokens // block_size)
         self.shards: list[dict] = []
-        self._stream = None  # the Arrow stream of the shard being written
+        self._stream: pa.ipc.RecordBatchStreamWriter | None = None  # the Arrow stream of the shard being written
         self._rows_in_shard = 0
         self._buffer = np.empty(ROWS_PER_RECORD_BATCH * block_size, self.dtype)
         self._buffered = 0
@@ -127,7 +127,7 @@ def read_data_folder(folder: Path) -> dict:
     try:
         info = json.loads(path.read_text(encoding="utf-8"))
         version = info["format_version"]
-        missing = {"source", "tokenizer", "block_size", "settings", "splits"} - info.keys()
+        missing = {"source", "documents", "tokenizer", "block_size", "settings", "splits"} - info.keys()
         if not missing and version == FORMAT_VERSION:
             _check_description(info)
     except (json.JSONDecodeError, UnicodeDecodeError, LookupError, TypeError, AttributeError) as error:
@@ -173,8 +173,8 @@ def open_arrow_shard(path: Path, described: dict, block_size: int, vocab_size: i
     if not path.is_file():
         raise UserError(f"{path} is missing: dataset.json lists it; prepare the data again")
     if path.stat().st_size != described["bytes"]:
-        found = f"{path.stat().st_size} bytes, dataset.json has {described['bytes']}"
-        raise UserError(f"{path} is damaged: it has {found}; prepare the data again")
+        sizes = f"{path.stat().st_size} bytes, dataset.json has {described['bytes']}"
+        raise UserError(f"{path} is damaged: it has {sizes}; prepare the data again")
     try:
         stream = pa.ipc.open_stream(pa.memory_map(str(path)))
         column = stream.schema.field("input_ids").type

@@ -5,14 +5,15 @@ ones; streams, which need `datasets`, are in streamed_data.py.
 
 import hashlib
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from pretraining.arguments import UserError, one_line
@@ -25,6 +26,26 @@ from pretraining.split import Split
 from pretraining.tokenizer import load_tokenizer, tokenizer_fingerprint
 
 BLOCK_SIZE = 1024  # where neither the data nor a flag says: GPT-2's
+
+
+class Batches(Protocol):
+    """Micro-batches (batch_size, block_size) of one process, endless."""
+
+    def __next__(self) -> torch.Tensor: ...
+
+    def position(self) -> dict | None:
+        """Behind the last one that was taken, as JSON; None where step and seed say all."""
+
+
+class PackedBatches:
+    def __init__(self, loader: DataLoader):
+        self._batches = iter(loader)
+
+    def __next__(self) -> torch.Tensor:
+        return next(self._batches)
+
+    def position(self) -> None:
+        return None
 
 
 @dataclass
@@ -52,12 +73,12 @@ class TrainingData:
         """What has to be the same for a checkpoint's position to mean the same, beyond the global batch."""
         return {}
 
-    def batches(self, split: Split, seed: int, first_step: int, position: dict | None) -> Iterator[torch.Tensor]:
+    def batches(self, split: Split, seed: int, first_step: int, position: dict | None) -> Batches:
         """
-        Micro-batches (batch_size, block_size) of one process, endless, from `first_step` on.
+        Those from `first_step` on.
 
         Args:
-            position: what the iterator's `position()` gave when the checkpoint was made, if it has one.
+            position: what their `position()` gave when the checkpoint was made, if it has one.
         """
         raise NotImplementedError
 
@@ -71,9 +92,9 @@ class PackedData(TrainingData):
     folders: list[DataFolder] = field(default_factory=list)
     weights: list[float] = field(default_factory=list)
 
-    def batches(self, split: Split, seed: int, first_step: int, position: dict | None) -> Iterator[torch.Tensor]:
+    def batches(self, split: Split, seed: int, first_step: int, position: dict | None) -> Batches:
         rows = concatenate([folder.train for folder in self.folders])
-        return iter(training_batches(rows, self._order(split, seed, first_step), split.num_workers))
+        return PackedBatches(training_batches(rows, self._order(split, seed, first_step), split.num_workers))
 
     def row_numbers(self, split: Split, seed: int, step: int, micro_step: int) -> list[int]:
         return self._order(split, seed).rows(step, micro_step)

@@ -1,6 +1,6 @@
 """How the rows of an optimizer step are divided among processes and micro-batches."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pretraining.arguments import UserError
 from pretraining.training_arguments import TrainArguments
@@ -19,6 +19,11 @@ class Split:
     @property
     def rows_per_step(self) -> int:
         return self.batch_size * self.gradient_accumulation_steps * self.num_processes
+
+    def with_batch_size(self, batch_size: int) -> "Split":
+        """The same global batch in micro-batches of `batch_size`, which divides that of now."""
+        accumulation = self.gradient_accumulation_steps * self.batch_size // batch_size
+        return replace(self, batch_size=batch_size, gradient_accumulation_steps=accumulation)
 
 
 def accumulation_steps(args: TrainArguments, block_size: int, num_processes: int) -> int:

@@ -97,7 +97,7 @@ def suspects(
         return [index for index, loss in enumerate(losses) if not math.isfinite(loss)]
     if is_sharded(accelerator):
         return list(range(len(micro_batches)))
-    targets = sum(num_targets(inputs["labels"]) for inputs in micro_batches)
+    targets = torch.stack([num_targets(inputs["labels"]) for inputs in micro_batches]).sum()
     found = []
     for index, inputs in enumerate(micro_batches):
         with accelerator.no_sync(model):

@@ -8,7 +8,8 @@ checkpoint needs nothing from the data loader, which may be any number of batche
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import fsspec.asyn
 import numpy as np
@@ -20,7 +21,7 @@ from pretraining.arguments import ProcessError, UserError
 from pretraining.corpus import Corpus, is_for_validation
 from pretraining.data import as_it_is
 from pretraining.encoding import Encoder
-from pretraining.mixture import Schedule
+from pretraining.mixture import SourceOrder
 from pretraining.shards import token_dtype
 from pretraining.signals import ignore_signals
 
@@ -152,13 +153,13 @@ class PackedStream(IterableDataset):
     def _micro_batches(self, consumer: int, count: int) -> Iterator[tuple[torch.Tensor, str]]:
         process, num_processes = self.process
         share = (process * count + consumer, num_processes * count)
-        beginning = {"rows": 0, "sources": [None] * len(self.corpora)}
+        beginning: dict[str, Any] = {"rows": 0, "sources": [None] * len(self.corpora)}
         position = self.positions[consumer] or beginning  # None: it has not had its first turn yet
         streams = [
             RowStream(corpus, self.tokenizer, self.block_size, held_out, share, self.seed, at)
             for corpus, held_out, at in zip(self.corpora, self.held_out, position["sources"], strict=True)
         ]
-        schedule = Schedule(self.weights, [self.seed, share[0]])
+        schedule = SourceOrder(self.weights, [self.seed, share[0]])
         first = position["rows"]
         while True:
             sources, _ = schedule.locate(np.arange(first, first + self.batch_size))
@@ -177,7 +178,9 @@ class StreamBatches:
         position: to continue from, if not at the beginning.
     """
 
-    def __init__(self, make_stream, num_workers: int, position: dict | None):
+    def __init__(
+        self, make_stream: "Callable[[list[dict | None], int], PackedStream]", num_workers: int, position: dict | None
+    ):
         self.num_consumers = max(1, num_workers)
         self.taken = position["taken"] if position else 0
         self.positions = position["consumers"] if position else [None] * self.num_consumers

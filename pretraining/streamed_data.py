@@ -1,19 +1,17 @@
 """Training on streams of text: the sources that a run's flags name, opened, and what is kept back for validation."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from pretraining.arguments import UserError
-from pretraining.corpus import Corpus, hub_corpus, is_for_validation, local_corpus
+from pretraining.corpus import Corpus, is_for_validation, open_texts
 from pretraining.data import PackedDataset
 from pretraining.encoding import Encoder
 from pretraining.mixture import Source
 from pretraining.shards import TokenRows
-from pretraining.sources import BLOCK_SIZE, TrainingData, digest, named
+from pretraining.sources import BLOCK_SIZE, Batches, TrainingData, digest, named
 from pretraining.split import Split
 from pretraining.stream import PackedStream, StreamBatches
 from pretraining.tokenizer import load_tokenizer, tokenizer_fingerprint
@@ -28,7 +26,7 @@ class StreamedData(TrainingData):
     def binding(self, split: Split) -> dict:
         return {"num_processes": split.num_processes, "dataloader_num_workers": split.num_workers}
 
-    def batches(self, split: Split, seed: int, first_step: int, position: dict | None) -> Iterator[torch.Tensor]:
+    def batches(self, split: Split, seed: int, first_step: int, position: dict | None) -> Batches:
         def make_stream(positions: list[dict | None], first_consumer: int) -> PackedStream:
             return PackedStream(
                 **self.stream,
@@ -55,16 +53,10 @@ def open_streams(
     """
     tokenizer = load_tokenizer(tokenizer_name)
     block_size = block_size or BLOCK_SIZE
-    corpora, validation, held_out = [], [], []
-    for source in sources:
-        if source.train_file:
-            corpora.append(local_corpus(source.train_file, source.text_column))
-        else:
-            revision = source.dataset_revision
-            corpora.append(hub_corpus(source.dataset_name, source.dataset_config_name, revision, source.text_column))
-        apart = source.validation_file
-        validation.append(local_corpus(apart, source.text_column) if apart else corpora[-1])
-        held_out.append(0 if apart else validation_split_percentage)
+    opened = [open_texts(source) for source in sources]
+    corpora = [corpus for corpus, _ in opened]
+    validation = [apart or corpus for corpus, apart in opened]
+    held_out = [0 if apart else validation_split_percentage for _, apart in opened]
     weights = [source.weight for source in sources]
     descriptions = [corpus.description for corpus in corpora]
     identity = [descriptions, weights, held_out, [corpus.text_column for corpus in corpora], block_size]

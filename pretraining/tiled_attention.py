@@ -11,9 +11,10 @@ to its last query.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -27,14 +28,14 @@ SCORES = 3 << 20
 
 def tiled_attention_forward(
     module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    **kwargs,
-) -> tuple[torch.Tensor, None]:
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
     """
     As transformers' `sdpa_attention_forward`, which has what this does not: dropout, queries that follow on a cache,
     masks that are not boolean, and other devices.
@@ -50,9 +51,7 @@ def tiled_attention_forward(
 
 # Custom operators, so that torch.compile takes each as a whole: it would compile every tile by itself.
 @torch.library.custom_op("gpt2scratch::causal_attention", mutates_args=(), device_types="cpu")
-def causal_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
-) -> torch.Tensor:
+def causal_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
     """
     softmax(Q K^T) V, each token seeing itself and those before.
 
@@ -69,8 +68,8 @@ def causal_attention(
 
 @torch.library.custom_op("gpt2scratch::causal_attention_backward", mutates_args=(), device_types="cpu")
 def causal_attention_backward(
-    grad: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients by query, key and value, from that by the output."""
     shape, num_heads = query.shape, query.shape[1]
     grad, query, key, value = (tensor.flatten(0, 1) for tensor in (grad, query, key, value))
@@ -90,8 +89,8 @@ def causal_attention_backward(
 
 
 def _tiles(
-    query: torch.Tensor, key: torch.Tensor, num_heads: int, mask: torch.Tensor | None
-) -> Iterator[tuple[slice, slice, slice, torch.Tensor]]:
+    query: Tensor, key: Tensor, num_heads: int, mask: Tensor | None
+) -> Iterator[tuple[slice, slice, slice, Tensor]]:
     """For each tile its heads, its queries, the keys that they may see, and their weights (heads, R, K)."""
     length = query.shape[1]
     rows_at_once = max(1, SCORES // (num_heads * QUERIES * length))
@@ -114,20 +113,20 @@ def _tiles(
 
 
 @causal_attention.register_fake
-def _(query, key, value, mask):
+def _(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
     return query.new_empty(query.shape)
 
 
 @causal_attention_backward.register_fake
-def _(grad, query, key, value, mask):
-    return tuple(tensor.new_empty(tensor.shape) for tensor in (query, key, value))
+def _(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
 
-def _save(ctx, inputs, output) -> None:
+def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _backward(ctx, grad):
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return *causal_attention_backward(grad, *ctx.saved_tensors), None
 
 

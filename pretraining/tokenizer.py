@@ -63,7 +63,7 @@ def load_tokenizer(name_or_path: str | Path, fingerprint: str | None = None) -> 
         raise UserError(f"the tokenizer's folder {name_or_path} is missing")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # tokenizers raises nothing more special
         raise UserError(f"the tokenizer {name_or_path} cannot be loaded: {one_line(error)}") from None
     if not tokenizer.is_fast:
         raise UserError(f"the tokenizer {name_or_path} has no tokenizer.json: only fast tokenizers can be used")
@@ -92,10 +92,10 @@ def bytes_of_tokens(tokenizer: PreTrainedTokenizerBase) -> np.ndarray | None:
     """
     Bytes of text that each id of a byte-level BPE stands for, 0 for special tokens; None for other tokenizers.
     """
-    sizes = np.zeros(len(tokenizer), dtype=np.int64)
+    sizes, special_ids = np.zeros(len(tokenizer), dtype=np.int64), set(tokenizer.all_special_ids)
     for token, token_id in tokenizer.get_vocab().items():
-        if token_id not in tokenizer.all_special_ids:
-            if not BYTE_OF_CHARACTER.keys() >= set(token):
+        if token_id not in special_ids:
+            if not set(token) <= BYTE_OF_CHARACTER.keys():
                 return None
             sizes[token_id] = len(token)
     return sizes

@@ -43,7 +43,7 @@ class Watchdog:
                 threading.Thread(target=target, daemon=True).start()
         return self
 
-    def __exit__(self, kind, error, trace) -> None:
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         self.deadline = float("inf")
         # An error of gloo or NCCL, say.
         if self.store is not None and isinstance(error, RuntimeError) and (lines := self._call_roll()):

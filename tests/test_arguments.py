@@ -1,10 +1,17 @@
 """Command lines and recipes: one meaning each, and every mistake named at once."""
 
+import dataclasses
+import re
+import sys
 from dataclasses import dataclass
 from typing import Literal
 
 import pytest
 
+import eval_hellaswag
+import prepare_data
+import publish_model
+import train_accelerate
 from pretraining.arguments import UserError, flag, parse_arguments
 
 
@@ -73,3 +80,25 @@ def test_a_recipe_that_cannot_be_read_is_named(content, message, tmp_path):
     with pytest.raises(UserError, match=message) as error:
         parse("--config", str(recipe))
     assert str(recipe) in str(error.value)
+
+
+# Their --help.
+SCRIPTS = [train_accelerate, prepare_data, eval_hellaswag, publish_model]
+
+
+@pytest.mark.parametrize("module", SCRIPTS, ids=lambda module: module.__name__)
+def test_help_is_in_groups_of_a_screen_and_begins_with_examples(module, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [module.__file__, "--help"])
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit) as end:
+        module.main()
+    assert end.value.code == 0
+    text = capsys.readouterr().out
+    assert re.search(r"^    (python|accelerate launch) .*\.py --", text, re.MULTILINE)
+    _, *groups = re.split(r"^(?=\S.*:$)", text[text.index("\noptions:") :], flags=re.MULTILINE)
+    assert len(groups) >= 2
+    assert all(len(group.splitlines()) <= 50 for group in groups)
+    (arguments,) = (cls for cls in vars(module).values() if getattr(cls, "__name__", "").endswith("Arguments"))
+    for field in dataclasses.fields(arguments):
+        assert len(re.findall(rf"^  --{field.name}\b", text, re.MULTILINE)) == 1
+    assert "--learning_rate X" in text or module is not train_accelerate

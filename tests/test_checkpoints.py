@@ -438,6 +438,18 @@ def test_data_of_the_same_name_is_other_data_and_a_stream_keeps_its_processes():
     assert difference == "a stream with num_processes 1, not 2: it has to stay"
 
 
+def test_a_flag_that_an_older_version_did_not_have_was_at_its_default():
+    def run(**settings) -> dict:
+        data = {"name": "x", "fingerprint": "a"}
+        same = {"config": {}, "tokenizer": "t", "tokens_per_step": 64, "data": data, "binding": {}}
+        return {**same, "settings": settings}
+
+    defaults = {"seed": 42, "z_loss": 0.0}
+    assert differences(run(seed=1), run(seed=1, z_loss=0.0), [], defaults) == []
+    (difference,) = differences(run(seed=1), run(seed=1, z_loss=0.1), [], defaults)
+    assert difference.startswith("--z_loss 0.0, not 0.1")
+
+
 def wait_before_writing() -> None:
     """Have the thread that writes a checkpoint begin late, when training has gone on."""
     write = CheckpointWriter._write

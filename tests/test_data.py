@@ -24,7 +24,7 @@ from pretraining.arguments import UserError
 from pretraining.corpus import split_documents
 from pretraining.data import RowOrder, open_data_folder
 from pretraining.shards import ShardWriter
-from pretraining.tokenizer import train_tokenizer
+from pretraining.tokenizer import load_tokenizer, train_tokenizer
 
 
 def read_rows(data_dir, split) -> np.ndarray:
@@ -157,6 +157,14 @@ def test_memory_does_not_grow_with_the_text(packed, tmp_path):
         megabytes.append(int(result.stdout.rsplit("megabytes: ", 1)[1]))
     assert (tmp_path / "80.jsonl").stat().st_size > 70e6
     assert megabytes[1] - megabytes[0] < 25, megabytes
+
+
+def test_a_damaged_tokenizer_is_told_in_one_line(packed, tmp_path):
+    shutil.copytree(packed / "tokenizer", tmp_path / "tokenizer")
+    path = tmp_path / "tokenizer/tokenizer.json"
+    path.write_text(path.read_text()[:1000])
+    with pytest.raises(UserError, match=r"^the tokenizer .*tokenizer cannot be loaded: .*$"):
+        load_tokenizer(tmp_path / "tokenizer")
 
 
 def test_what_dataset_json_says_of_the_files_is_so(packed):
@@ -406,7 +414,7 @@ def test_the_embedded_corpus_is_the_standard_library_without_its_tests():
         (["--train_file", "{tmp}/table.jsonl"], "--text_column text: no such column, the data has: body"),
         (["--train_file", "{tmp}/*"], "give files of one kind"),
         (["--train_file", "{tmp}/broken.jsonl"], "broken.jsonl cannot be read"),
-        (["--train_file", "{tmp}/numbers.jsonl"], "--text_column text: row 1 holds a int instead of a text"),
+        (["--train_file", "{tmp}/numbers.jsonl"], "--text_column text: a row holds a int and no text: 5"),
         (["--train_file", "{tmp}/empty.parquet"], "empty.parquet cannot be read"),
         (["--output_dir", "{tmp}/empty.txt/data"], "cannot be written: Not a directory"),
     ],

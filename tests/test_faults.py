@@ -35,7 +35,10 @@ from safetensors.torch import load_file
 
 from pretraining.checkpoint_folders import complete_checkpoints, verify
 from pretraining.data import RowOrder, open_data_folder
+from pretraining.memory import flags_for
 from pretraining.signals import STOPPED
+from pretraining.split import Split
+from pretraining.training_arguments import TrainArguments
 
 # Rows 1, 3: signals, and going on to the same end
 
@@ -361,7 +364,7 @@ def limit_memory(megabytes: int) -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (taken + megabytes * 1_000_000, hard_limit))
 
     on_call("memory.fitting_batch_size", 1, limit)
-    on_call("memory.replace", 1, lambda: resource.setrlimit(resource.RLIMIT_DATA, (hard_limit, hard_limit)))
+    on_call("memory.flags_for", 1, lambda: resource.setrlimit(resource.RLIMIT_DATA, (hard_limit, hard_limit)))
 
 
 @pytest.mark.parametrize("num_processes", [1, 2])
@@ -398,6 +401,14 @@ def test_what_does_not_fit_into_memory_is_told_with_what_does_and_halved_if_aske
     more += ("--per_device_train_batch_size", size, "--gradient_accumulation_steps", accumulation)
     succeed(run_ranks(num_processes, "train_accelerate.py", *flags(data_dir, tmp_path / "small", *more))[0])
     assert_equal(tmp_path / "run", tmp_path / "small")
+
+
+def test_of_tokens_per_step_the_advice_names_no_accumulation_which_it_works_out():
+    split = Split(8, gradient_accumulation_steps=3, num_processes=2, process_index=0, num_workers=0)
+    flags = {tokens: flags_for(TrainArguments(tokens_per_step=tokens), split, 4) for tokens in (None, 48 * 32)}
+    assert flags[None] == "--per_device_train_batch_size 4 with --gradient_accumulation_steps 6"
+    assert flags[48 * 32] == "--per_device_train_batch_size 4"
+    assert split.with_batch_size(4).rows_per_step == split.rows_per_step
 
 
 # Row 15: data

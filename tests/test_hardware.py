@@ -7,6 +7,7 @@ from torch.nn.functional import linear
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from modeling_gpt2scratch.one_dnn import OneDnnLinear
+from pretraining.hardware import peak_flops
 
 
 class Recorder(TorchDispatchMode):
@@ -19,6 +20,23 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         self.names.append(operation.name())
         return operation(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("name", "flops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 NVL", 835e12),
+        ("NVIDIA L40", 181e12),
+        ("NVIDIA L4", 121e12),
+        ("NVIDIA GeForce RTX 4090", 165e12),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA GeForce GTX 1080", None),
+    ],
+)
+def test_the_peak_is_that_of_the_very_device(name, flops, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_flops(torch.device("cuda")) == flops
 
 
 def product(with_bias: bool, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, list[str], torch.Tensor]:

@@ -61,9 +61,12 @@ def test_a_published_data_folder_trains_by_name_as_it_does_from_its_folder(data_
                 in succeed(script("prepare_data.py", *prepared, **hub.environment(tmp_path / "me"))).stdout
             )
         published = hub.files("us/packed")
+        assert "# us/packed\n" in published["README.md"].decode()
         local = {path.relative_to(data_dir).as_posix() for path in data_dir.rglob("*") if path.is_file()}
         assert set(published) == local
         assert all(published[name] == (data_dir / name).read_bytes() for name in local)
+        public = script("prepare_data.py", *prepared, "--hub_private_repo", **hub.environment(tmp_path / "me"))
+        assert public.returncode == 2 and "us/packed failed: it is there, and public" in public.stderr
         texts = b"".join(content for name, content in published.items() if not name.endswith(".arrow")).decode()
         assert "secret" not in texts and str(corpus_file.parent) not in texts and "/tmp" not in texts
         assert "documents.jsonl" in published["README.md"].decode()

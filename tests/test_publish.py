@@ -518,7 +518,8 @@ def test_a_model_of_another_kind_in_every_format(changes, run_dir, tmp_path, pub
     AutoTokenizer.from_pretrained(run_dir).save_pretrained(tmp_path / "model")
     for format in ("gpt2", "gguf"):
         command = ("--model_name_or_path", tmp_path / "model", "--format", format, "--output_dir", tmp_path / format)
-        assert publish(*command)[0] == 0
+        assert publish(*command, "--license", "apache-2.0")[0] == 0
+        assert ModelCard.load(tmp_path / format / "README.md").data.license == "apache-2.0"
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "gpt2")
     assert_same_logits(lambda ids: stock(ids).logits, tmp_path / "model")
     names = {}

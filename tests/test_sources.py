@@ -20,7 +20,7 @@ from pretraining import shards
 from pretraining.arguments import UserError
 from pretraining.data import RowOrder, open_data_folder
 from pretraining.inputs import document_positions
-from pretraining.mixture import ROWS_PER_ROUND, Schedule, Source
+from pretraining.mixture import ROWS_PER_ROUND, Source, SourceOrder
 from pretraining.sources import open_packed
 
 FLAGS = ("--config_overrides", TINY, "--per_device_train_batch_size", 4, "--logging_steps", 1, "--max_steps", 6)
@@ -276,19 +276,19 @@ def test_a_token_file_of_another_version_and_one_without_a_tokenizer_are_refused
 
 
 def test_a_schedule_is_a_pure_function_of_the_place_and_keeps_the_weights():
-    schedule = Schedule([3, 1, 6], seed=[5])
+    schedule = SourceOrder([3, 1, 6], seed=[5])
     places = np.arange(5 * ROWS_PER_ROUND)
     sources, numbers = schedule.locate(places)
     for source, share in enumerate((0.3, 0.1, 0.6)):
         assert abs((sources == source).mean() - share) < 1 / ROWS_PER_ROUND
         assert numbers[sources == source].tolist() == list(range((sources == source).sum()))
     shuffled = np.random.default_rng(0).permutation(places)
-    again = Schedule([3, 1, 6], seed=[5]).locate(shuffled)
+    again = SourceOrder([3, 1, 6], seed=[5]).locate(shuffled)
     assert np.array_equal(again[0], sources[shuffled]) and np.array_equal(again[1], numbers[shuffled])
-    assert not np.array_equal(Schedule([3, 1, 6], seed=[6]).locate(places)[0], sources)
+    assert not np.array_equal(SourceOrder([3, 1, 6], seed=[6]).locate(places)[0], sources)
     assert not np.array_equal(sources[:ROWS_PER_ROUND], sources[ROWS_PER_ROUND : 2 * ROWS_PER_ROUND])
     with pytest.raises(UserError, match=r"a weight of 0.0001 of 1.0001 is too small: 1 in 1024 at least"):
-        Schedule([0.0001, 1], seed=[0])
+        SourceOrder([0.0001, 1], seed=[0])
 
 
 def test_a_mixture_takes_each_source_by_its_weight_and_each_of_its_rows_once_an_epoch():

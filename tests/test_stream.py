@@ -168,6 +168,21 @@ def test_a_share_without_text_is_an_error_and_not_an_endless_wait(tmp_path, toke
         next(rows)
 
 
+def test_a_reading_that_goes_on_at_rows_without_the_column_passes_over_them_as_it_would_have(tmp_path):
+    lines = [{"title": f"{n}"} if 192 <= n < 384 else {"text": f"document {n}"} for n in range(576)]
+    (tmp_path / "lines.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    corpus = local_corpus(f"{tmp_path}/lines.jsonl")
+    reading = corpus.batches()
+    while "document 191" not in next(reading):
+        pass
+    state = corpus.state_dict()
+    going_on = local_corpus(f"{tmp_path}/lines.jsonl")
+    going_on.load_state_dict(state)
+    rest = list(going_on.batches())
+    assert rest[0] == [] and rest == list(reading)
+    assert [text for texts in rest for text in texts] == [f"document {n}" for n in range(384, 576)]
+
+
 def stream_flags(texts, tokenizer_dir, output_dir, *arguments):
     flags = ("--streaming", "--tokenizer_name", tokenizer_dir, "--block_size", BLOCK_SIZE, "--output_dir", output_dir)
     flags += ("--train_file", f"{texts}/*.parquet", "--config_overrides", TINY + ",resid_pdrop=0.1")

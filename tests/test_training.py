@@ -318,6 +318,14 @@ def test_a_tracker_that_fails_on_the_way_is_done_without(tmp_path, monkeypatch, 
     assert "warning: failing failed, the run goes on without it: the network is gone" in capsys.readouterr().err
 
 
+def test_what_is_not_finite_is_null_in_the_log_which_is_json(tmp_path):
+    """Gradients that overflow in fp16 are nothing that went wrong: their norm is logged like any other."""
+    run = SimpleNamespace(step=1, tokens=10, elapsed_seconds=1.0)
+    with runlog.RunLog(Accelerator(cpu=True), tmp_path, 0, 5, [], {}) as log:
+        log.metrics(run, {"loss": 5.0, "grad_norm": float("inf")})
+    assert '"loss": 5.0, "grad_norm": null' in (tmp_path / "metrics.jsonl").read_text()
+
+
 def test_an_earlier_checkpoint_begins_a_branch_of_its_own(finished_run, tmp_path):
     """What came after it before is set aside: it is not rotated against, not gone on from, and not the best."""
     output_dir = tmp_path / "run"
@@ -327,7 +335,7 @@ def test_an_earlier_checkpoint_begins_a_branch_of_its_own(finished_run, tmp_path
     flags += ("--resume_from_checkpoint", output_dir / "checkpoint-000100")
     flags += ("--save_steps", 50, "--save_total_limit", 1)
     result = succeed(script("train_accelerate.py", *flags, ACCELERATE_MIXED_PRECISION="bf16"))
-    assert "set aside, being of what came after it before: " in result.stdout
+    assert "set aside, as this run goes on from an earlier step: " in result.stdout
     names = {path.name for path in output_dir.glob("*checkpoint-*")}
     assert names == {"abandoned-checkpoint-000200", "checkpoint-000250"}
     assert os.readlink(output_dir / "best-checkpoint") == "checkpoint-000250"
