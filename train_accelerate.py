@@ -15,7 +15,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from signal import Signals
 
@@ -104,9 +104,56 @@ def main() -> None:
         sys.exit(STOPPED)
 
 
+@dataclass(frozen=True)
+class Setup:
+    """
+    What is there before the model.
+
+    Attributes:
+        split: of a step's rows, as the flags say.
+        identity: what makes this run this one, see `pretraining/identity.py`.
+        hellaswag: its items, none if it is not asked for.
+        repo_id: where to publish, None if it is not to be.
+        checkpoint: to go on from, if there is one.
+    """
+
+    args: TrainArguments
+    accelerator: Accelerator
+    config: PreTrainedConfig
+    data: TrainingData
+    split: Split
+    identity: dict
+    hellaswag: list[EncodedItem]
+    repo_id: str | None
+    checkpoint: Path | None
+    signals: StopSignals
+    watchdog: Watchdog
+
+    @property
+    def output_dir(self) -> Path:
+        return Path(self.args.output_dir)
+
+
 def start(args: TrainArguments, state: PartialState, signals: StopSignals, watchdog: Watchdog) -> bool:
     """Open what the flags name, and train. Returns whether a signal stopped it before its end."""
-    output_dir = Path(args.output_dir)
+    setup = prepare(args, state, signals, watchdog)
+    with open_run_folder(setup.output_dir, asdict(args), setup.identity, state) as folder:
+        for message in folder.messages:
+            state.print(f"{setup.output_dir}: {message}")
+        is_stopped = False
+        if folder.is_finished:
+            send_what_was_not_sent(setup)
+        else:
+            is_stopped = train(replace(setup, checkpoint=folder.checkpoint))
+    # The model first, then the process group: destroyed with a DDP model still referring to it, gloo's threads and
+    # this one can wait for each other for ever.
+    setup.accelerator.free_memory()
+    setup.accelerator.end_training()
+    return is_stopped
+
+
+def prepare(args: TrainArguments, state: PartialState, signals: StopSignals, watchdog: Watchdog) -> Setup:
+    """Open what the flags name, and find what does not fit together in it, before there is a run folder."""
     data = open_data(args, state)
     tokenizer = data.tokenizer
     config = load_config(
@@ -133,37 +180,18 @@ def start(args: TrainArguments, state: PartialState, signals: StopSignals, watch
         binding=data.binding(split),
         tokens_per_step=split.rows_per_step * data.block_size,
     )
-    with open_run_folder(output_dir, asdict(args), run_identity, state) as folder:
-        for message in folder.messages:
-            state.print(f"{output_dir}: {message}")
-        is_stopped = False
-        if folder.is_finished:
-            state.print(f"{output_dir} holds a finished run; to train again, delete it or choose another --output_dir")
-            send_unsent(accelerator, output_dir, args.trackers(), args.max_steps, asdict(args))
-            if repo_id and state.is_main_process:
-                signals.end_at_once(UNPUBLISHED)
-                print(f"published as {publish.push(output_dir, repo_id, args.hub_private_repo, FINAL, args.license)}")
-        else:
-            is_stopped = train(
-                Setup(
-                    args=args,
-                    accelerator=accelerator,
-                    config=config,
-                    data=data,
-                    split=split,
-                    identity=run_identity,
-                    hellaswag=hellaswag,
-                    repo_id=repo_id,
-                    checkpoint=folder.checkpoint,
-                    signals=signals,
-                    watchdog=watchdog,
-                )
-            )
-    # The model first, then the process group: destroyed with a DDP model still referring to it, gloo's threads and
-    # this one can wait for each other for ever.
-    accelerator.free_memory()
-    accelerator.end_training()
-    return is_stopped
+    return Setup(args, accelerator, config, data, split, run_identity, hellaswag, repo_id, None, signals, watchdog)
+
+
+def send_what_was_not_sent(setup: Setup) -> None:
+    """Of a run that is finished: to trackers and the Hub, which may have been out of reach."""
+    args, accelerator, output_dir = setup.args, setup.accelerator, setup.output_dir
+    accelerator.print(f"{output_dir} holds a finished run; to train again, delete it or choose another --output_dir")
+    send_unsent(accelerator, output_dir, args.trackers(), args.max_steps, asdict(args))
+    if setup.repo_id and accelerator.is_main_process:
+        setup.signals.end_at_once(UNPUBLISHED)
+        address = publish.push(output_dir, setup.repo_id, args.hub_private_repo, FINAL, args.license)
+        print(f"published as {address}")
 
 
 def open_data(args: TrainArguments, state: PartialState) -> TrainingData:
@@ -207,36 +235,6 @@ def open_repository(args: TrainArguments, state: PartialState) -> str:
             return name
 
     return on_main_process(state, work)
-
-
-@dataclass(frozen=True)
-class Setup:
-    """
-    What is there before the model.
-
-    Attributes:
-        split: of a step's rows, as the flags say.
-        identity: what makes this run this one, see `pretraining/identity.py`.
-        hellaswag: its items, none if it is not asked for.
-        repo_id: where to publish, None if it is not to be.
-        checkpoint: to go on from, if there is one.
-    """
-
-    args: TrainArguments
-    accelerator: Accelerator
-    config: PreTrainedConfig
-    data: TrainingData
-    split: Split
-    identity: dict
-    hellaswag: list[EncodedItem]
-    repo_id: str | None
-    checkpoint: Path | None
-    signals: StopSignals
-    watchdog: Watchdog
-
-    @property
-    def output_dir(self) -> Path:
-        return Path(self.args.output_dir)
 
 
 def train(setup: Setup) -> bool:
@@ -511,7 +509,7 @@ class Training:
         step = self.last_good.position["step"]
         raise UserError(
             f"{run.step - step} steps in a row were left out, the last as {sentence(event)}. {saved}: a lower "
-            "--learning_rate may help (with --allow_changes learning_rate), or without these rows"
+            "--learning_rate may help (with --allow_changes learning_rate), or other data (with --allow_changes data)"
         )
 
     def is_due(self, every: int | None) -> bool:

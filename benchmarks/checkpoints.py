@@ -40,6 +40,7 @@ from pretraining.arguments import flag, parse_arguments, run_script
 from pretraining.checkpoint import CheckpointWriter, LoopState, generator_states, load_checkpoint
 from pretraining.checkpoint_folders import checkpoint_folder, verify
 from pretraining.files import sha256_of
+from pretraining.markdown import table
 from pretraining.optim import build_optimizers
 
 
@@ -65,7 +66,7 @@ def main() -> None:
         side_by_side.section(
             ("torch", "accelerate", "safetensors"),
             f"{args.config_name} with AdamW's state, {size / 1e9:.2f} GB, {args.rounds} checkpoints",
-            side_by_side.table(["seconds", "median", "range"], rows),
+            table(["seconds", "median", "range"], rows),
         )
     )
 

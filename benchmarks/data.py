@@ -13,7 +13,6 @@ import contextlib
 import json
 import multiprocessing
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -22,8 +21,6 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,9 +30,11 @@ from tokenizers import Tokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks import side_by_side
 from pretraining.arguments import flag, parse_arguments, run_script
 from pretraining.corpus import embedded_corpus, local_corpus
 from pretraining.encoding import byte_level_bpe
+from pretraining.markdown import table
 from pretraining.tokenizer import load_tokenizer, train_tokenizer
 
 if TYPE_CHECKING:
@@ -183,7 +182,7 @@ def write_text(path: Path, documents: list[str], repeat: int) -> None:
             file.write(lines)
 
 
-def benchmark_shards(args: BenchmarkArguments, work: Path, tokenizer_dir: str, pieces: list[str]) -> list[str]:
+def benchmark_shards(args: BenchmarkArguments, work: Path, tokenizer_dir: str, pieces: list[str]) -> tuple[str, str]:
     text, short = work / "text.jsonl", work / "short.jsonl"
     write_text(text, pieces, args.repeat)
     write_text(short, pieces, max(1, args.repeat // 4))
@@ -192,24 +191,23 @@ def benchmark_shards(args: BenchmarkArguments, work: Path, tokenizer_dir: str, p
         for way in WAYS:
             results[way].append(run_way(way, text, tokenizer_dir, args.num_proc))
     size = sum(len(piece.encode()) for piece in pieces)
-    lines = [
+    described = (
         f"Text to shards, {size * args.repeat / 1e6:.0f} MB in {len(pieces) * args.repeat:,} documents, "
-        f"{args.num_proc} cores, median of {args.rounds} rounds in turns:",
-        "",
-        "| recipe | million tokens/s | ours is | peak memory, MB | with a quarter of the text |",
-        "|---|---|---|---|---|",
-    ]
+        f"{args.num_proc} cores, median of {args.rounds} rounds in turns"
+    )
+    header = ["recipe", "million tokens/s", "ours is", "peak memory, MB", "with a quarter of the text"]
+    rows = []
     rates = {way: [run["tokens"] / run["seconds"] / 1e6 for run in runs] for way, runs in results.items()}
     for way, runs in results.items():
         ratio = statistics.median(ours / theirs for ours, theirs in zip(rates["ours"], rates[way], strict=True))
         peak = statistics.median(run["megabytes"] for run in runs)
         less = run_way(way, short, tokenizer_dir, args.num_proc)["megabytes"]
         rate = statistics.median(rates[way])
-        lines.append(f"| {way} | {rate:.2f} | {f'{ratio:.2f} x' if way != 'ours' else ''} | {peak:.0f} | {less:.0f} |")
-    return lines
+        rows.append([way, f"{rate:.2f}", f"{ratio:.2f} x" if way != "ours" else "", f"{peak:.0f}", f"{less:.0f}"])
+    return described, table(header, rows)
 
 
-def benchmark_rows(args: BenchmarkArguments, work: Path, tokenizer_dir: str) -> list[str]:
+def benchmark_rows(args: BenchmarkArguments, work: Path, tokenizer_dir: str) -> str:
     """Batches of shuffled rows as tensors of the files' type: ours, out of several shards, and from one raw memmap."""
     import torch
 
@@ -238,10 +236,10 @@ def benchmark_rows(args: BenchmarkArguments, work: Path, tokenizer_dir: str) -> 
     tokens = len(dataset) * BLOCK_SIZE / 1e6
     ours, theirs = (statistics.median(tokens / pair[index] for pair in pairs) for index in (0, 1))
     ratio = statistics.median(pair[1] / pair[0] for pair in pairs)
-    return [
+    return (
         f"Shuffled rows of {BLOCK_SIZE} tokens in batches of {BATCH_ROWS}, out of {len(dataset.files)} shards: ours "
         f"{ours:.0f} million tokens/s, a raw memmap of one file {theirs:.0f}: {ratio:.2f} of it."
-    ]
+    )
 
 
 def main() -> None:
@@ -255,10 +253,10 @@ def main() -> None:
         if not tokenizer_dir:
             tokenizer_dir = str(work / "tokenizer")
             train_tokenizer(pieces, 32_768).save_pretrained(tokenizer_dir)
-        lines = benchmark_shards(args, work, tokenizer_dir, pieces)
-        lines += ["", *benchmark_rows(args, work, tokenizer_dir)]
-    names = ", ".join(f"{name} {version(name)}" for name in ("datasets", "tokenizers", "tiktoken", "pyarrow", "numpy"))
-    print("\n".join([f"{date.today()}, {platform.machine()}, {os.cpu_count()} cores; {names}.", "", *lines]))
+        described, rates = benchmark_shards(args, work, tokenizer_dir, pieces)
+        rows = benchmark_rows(args, work, tokenizer_dir)
+    packages = ("datasets", "tokenizers", "tiktoken", "pyarrow", "numpy")
+    print(side_by_side.section(packages, described, rates, rows))
 
 
 if __name__ == "__main__":

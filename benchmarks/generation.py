@@ -22,6 +22,7 @@ from benchmarks import side_by_side
 from modeling_gpt2scratch import GPT2ScratchConfig, GPT2ScratchForCausalLM
 from pretraining import hardware
 from pretraining.arguments import flag, parse_arguments, run_script
+from pretraining.markdown import table
 
 OURS, STOCK = "ours", "stock"
 
@@ -86,7 +87,7 @@ def main() -> None:
             ("torch", "transformers"),
             f"{args.config_name}, {args.max_new_tokens} new tokens after {args.prompt_tokens}, fp32, greedy, medians "
             f"of {args.rounds} rounds; all tokens are the same",
-            side_by_side.table([*header, "ours is so many times as fast"], rows),
+            table([*header, "ours is so many times as fast"], rows),
         )
     )
 

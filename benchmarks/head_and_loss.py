@@ -24,6 +24,7 @@ from benchmarks import side_by_side
 from modeling_gpt2scratch.linear_cross_entropy import linear_cross_entropy
 from pretraining import hardware
 from pretraining.arguments import flag, parse_arguments, run_script
+from pretraining.markdown import table
 
 OURS, EAGER, COMPILED = "linear_cross_entropy", "logits and cross_entropy", "the same, compiled"
 
@@ -88,7 +89,7 @@ def main() -> None:
             ["torch"],
             f"{args.tokens:,} tokens, width {args.n_embd}, vocabulary {args.vocab_size:,}, "
             f"{'fp32' if args.fp32 else 'bf16 autocast'}, medians of {args.rounds} rounds",
-            side_by_side.table(header, rows),
+            table(header, rows),
         )
     )
 

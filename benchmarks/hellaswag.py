@@ -35,6 +35,7 @@ from eval_hellaswag import Protocol, can_be_trees, encode_items, load_hub_items,
 from modeling_gpt2scratch import GPT2ScratchConfig, GPT2ScratchForCausalLM
 from pretraining import hardware
 from pretraining.arguments import UserError, flag, parse_arguments, run_script
+from pretraining.markdown import table
 from pretraining.model_card import HELLASWAG
 from pretraining.tokenizer import load_tokenizer
 
@@ -99,7 +100,7 @@ def main() -> None:
         side_by_side.section(
             ("torch", "transformers", "lm-eval"),
             f"{args.config_name}, {len(items)} items, {batch_size} at once, medians of {args.rounds} rounds",
-            side_by_side.table(header, rows),
+            table(header, rows),
         )
     )
 

@@ -14,19 +14,18 @@ the grid. Finished runs stay in --work_dir and are not repeated: the same comman
 import json
 import math
 import os
-import platform
 import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks import side_by_side
 from pretraining.arguments import UserError, flag, parse_arguments, run_script
+from pretraining.markdown import table
 from pretraining.runlog import read_metrics
 
 SCRIPT = Path(__file__).resolve().parent.parent / "train_accelerate.py"
@@ -150,13 +149,10 @@ def crossing(budgets: list[int], losses: list[float], target: float) -> float:
     return math.inf
 
 
-def table(rows: list[tuple[str, float, int, list[float]]]) -> list[str]:
-    """Markdown of (optimizer, learning rate, tokens, final losses of the seeds)."""
-    lines = ["| optimizer | peak learning rate | tokens | validation loss | spread |", "|---|---|---|---|---|"]
-    for optim, rate, tokens, losses in rows:
-        mean, spread = statistics.mean(losses), statistics.stdev(losses)
-        lines.append(f"| {NAMES[optim]} | {rate:g} | {tokens:,} | {mean:.3f} | {spread:.3f} |")
-    return lines
+def figures(optim: str, rate: float, tokens: int, losses: list[float]) -> list[str]:
+    """A line of the table; the losses are the last ones of each seed."""
+    mean, spread = statistics.mean(losses), statistics.stdev(losses)
+    return [NAMES[optim], f"{rate:g}", f"{tokens:,}", f"{mean:.3f}", f"{spread:.3f}"]
 
 
 def draw(path: Path, curves: dict[str, list[tuple]], ends: dict[int, list[float]], target: float) -> None:
@@ -223,19 +219,17 @@ def main() -> None:
     rows = [("adamw", rate, args.steps * tokens_per_step, losses) for rate, losses in adamw.items()]
     rows += [("muon", rate, tuned_steps * tokens_per_step, losses) for rate, losses in muon.items()]
     rows += [("muon", muon_rate, each * tokens_per_step, budgets[each]) for each in steps if each != tuned_steps]
-    names = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "accelerate"))
-    lines = [
-        f"{date.today()}, {platform.machine()}, {os.cpu_count()} cores; {names}.",
-        "",
-        f"{args.config_overrides}, {tokens_per_step:,} tokens a step, warm-up over {WARMUP:.0%} of a run's steps and "
-        f"linearly to zero; mean and standard deviation over {len(args.seeds)} seeds:",
-        "",
-        *table(rows),
-        "",
-        f"Muon needs {ratio:.3f} of AdamW's tokens to reach its final loss of {target:.3f}; seed by seed "
-        f"{', '.join(f'{each:.3f}' for each in by_seed)} (standard deviation {statistics.stdev(by_seed):.3f}).",
-    ]
-    print("\n".join(lines))
+    header = ["optimizer", "peak learning rate", "tokens", "validation loss", "spread"]
+    print(
+        side_by_side.section(
+            ("torch", "transformers", "accelerate"),
+            f"{args.config_overrides}, {tokens_per_step:,} tokens a step, warm-up over {WARMUP:.0%} of a run's steps "
+            f"and linearly to zero; mean and standard deviation over {len(args.seeds)} seeds",
+            table(header, (figures(*row) for row in rows)),
+            f"Muon needs {ratio:.3f} of AdamW's tokens to reach its final loss of {target:.3f}; seed by seed "
+            f"{', '.join(f'{each:.3f}' for each in by_seed)} (standard deviation {statistics.stdev(by_seed):.3f}).",
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -106,15 +106,6 @@ def here(*packages: str) -> str:
     return f"{date.today()}, {place}; {', '.join(f'{name} {version(name)}' for name in packages)}."
 
 
-def table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> list[str]:
-    """Markdown."""
-    header = list(header)
-    return [f"| {' | '.join(map(str, row))} |" for row in (header, ["---"] * len(header), *rows)]
-
-
-def section(packages: Iterable[str], described: str, *parts: list[str] | str) -> str:
+def section(packages: Iterable[str], described: str, *parts: str) -> str:
     """Markdown: when and on what, then a line of what was measured, then tables and sentences."""
-    lines = [here(*packages), "", f"{described}:"]
-    for part in parts:
-        lines += ["", *([part] if isinstance(part, str) else part)]
-    return "\n".join(lines)
+    return "\n\n".join([here(*packages), f"{described}:", *parts])

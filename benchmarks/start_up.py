@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import side_by_side
 from pretraining.arguments import flag, parse_arguments, run_script
+from pretraining.markdown import table
 
 SCRIPT = Path(__file__).resolve().parent.parent / "train_accelerate.py"
 OURS, RUN_CLM = "train_accelerate.py", "a script like run_clm.py"
@@ -129,7 +130,7 @@ def main() -> None:
             ("torch", "transformers", "accelerate", "datasets"),
             f"{', '.join(f'{name} {value}' for name, value in SHAPE.items())}, {ROWS} rows, medians of {args.rounds} "
             "rounds",
-            side_by_side.table(header, side_by_side.medians(measured, {"seconds": ".2f", "megabytes": ",.0f"})),
+            table(header, side_by_side.medians(measured, {"seconds": ".2f", "megabytes": ",.0f"})),
             f"Ours is {faster:.2f} times as fast.",
         )
     )

@@ -28,6 +28,7 @@ from benchmarks import side_by_side
 from pretraining import hardware
 from pretraining.arguments import flag, parse_arguments, run_script
 from pretraining.data import open_data_folder
+from pretraining.markdown import table
 from pretraining.models import attention_on, build_model, load_config
 from pretraining.optim import build_optimizers
 from pretraining.runlog import read_metrics
@@ -111,7 +112,7 @@ def main() -> None:
             f"{args.config_overrides}, {args.gradient_accumulation_steps} micro-batches of "
             f"{args.per_device_train_batch_size} rows a step, bf16, AdamW, {args.steps} steps, medians of "
             f"{args.rounds} rounds",
-            side_by_side.table(["", "tokens/s", "peak MB"], rows),
+            table(["", "tokens/s", "peak MB"], rows),
             f"The whole loop has {speed:.3f} of the bare one's speed.",
         )
     )

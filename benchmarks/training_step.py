@@ -32,6 +32,7 @@ from modeling_gpt2scratch import GPT2ScratchConfig
 from pretraining import hardware
 from pretraining.arguments import flag, parse_arguments, run_script
 from pretraining.inputs import model_inputs
+from pretraining.markdown import table
 from pretraining.models import attention_on, build_model
 from pretraining.optim import ADAM_BETAS, build_optimizers
 from pretraining.steps import train_step
@@ -142,7 +143,8 @@ def plain_loop(peer: str, shape: dict, rows: torch.Tensor, device: torch.device,
     return step
 
 
-def section(args: BenchmarkArguments, shape: str) -> list[str]:
+def section(args: BenchmarkArguments, shape: str) -> str:
+    """Markdown of one shape."""
     on_gpu = torch.cuda.is_available()
     batch_size = args.per_device_train_batch_size or BATCH_SIZES[shape]
     names = ["ours", "ours" + COMPILED]
@@ -150,32 +152,32 @@ def section(args: BenchmarkArguments, shape: str) -> list[str]:
         names += [peer, peer + COMPILED] if on_gpu else [peer, peer + TUNED, peer + TUNED + COMPILED]
     flags = ["--shape", shape, "--per_device_train_batch_size", batch_size]
     measured = side_by_side.in_turns(__file__, names, args.rounds, *flags)
-    best = max(names[:2], key=lambda name: side_by_side.median(measured, name, "tokens/s"))
+    rate = {name: side_by_side.median(measured, name, "tokens/s") for name in names}
+    best, peer = max(names[:2], key=rate.__getitem__), max(names[2:], key=rate.__getitem__)
+    limit = side_by_side.median(measured, "ours", "products' tokens/s")
+    parts = [
+        f"{shape}, {batch_size} rows of {SHAPES[shape]['n_positions']} tokens, medians of {args.rounds} rounds:",
+        table_of(measured, shape, rate, best),
+        f"The matrix products of a step alone, run one after the other in the processes of ours, are {limit:,.0f} "
+        f'tokens/s, {limit / rate[peer]:.2f} times "{peer}": no step is faster.',
+    ]
+    if on_gpu and shape == "124M":
+        parts.append(f"Of llm.c {LLM_C:,} tokens/s are quoted on one H100: ours is {rate[best] / LLM_C:.2f} of it.")
+    return "\n\n".join(parts)
+
+
+def table_of(measured: side_by_side.Measured, shape: str, rate: dict[str, float], best: str) -> str:
     flops = hardware.flops_per_token(*sizes(shape))
     peak = hardware.peak_flops(side_by_side.device())
     rows = side_by_side.medians(measured, {"tokens/s": ",.0f", "megabytes": ",.0f"})
-    for name, row in zip(names, rows, strict=True):
+    for name, row in zip(measured, rows, strict=True):
         if peak:
-            row.append(f"{side_by_side.median(measured, name, 'tokens/s') * flops / peak:.1%}")
+            row.append(f"{rate[name] * flops / peak:.1%}")
         faster = side_by_side.ratio(measured, best, name, "tokens/s")
         smaller = side_by_side.ratio(measured, best, name, "megabytes")
         row += ["", ""] if name.startswith("ours") else [f"{faster:.2f}", f"{smaller:.2f}"]
     header = ["", "tokens/s", "peak MB", *(["MFU"] if peak else []), f'"{best}" is so many times as fast', "takes"]
-    described = (
-        f"{shape}, {batch_size} rows of {SHAPES[shape]['n_positions']} tokens, medians of {args.rounds} rounds:"
-    )
-    lines = ["", described, "", *side_by_side.table(header, rows)]
-    limit = side_by_side.median(measured, "ours", "products' tokens/s")
-    peer = max(names[2:], key=lambda name: side_by_side.median(measured, name, "tokens/s"))
-    lines += [
-        "",
-        f"The matrix products of a step alone, run one after the other in the processes of ours, are {limit:,.0f} "
-        f'tokens/s, {limit / side_by_side.median(measured, peer, "tokens/s"):.2f} times "{peer}": no step is faster.',
-    ]
-    if on_gpu and shape == "124M":
-        rate = side_by_side.median(measured, best, "tokens/s")
-        lines += ["", f"Of llm.c {LLM_C:,} tokens/s are quoted on one H100: ours is {rate / LLM_C:.2f} of it."]
-    return lines
+    return table(header, rows)
 
 
 def sizes(shape: str) -> tuple[int, int, int, int]:
@@ -191,8 +193,8 @@ def main() -> None:
         print(json.dumps(measure(args)))
         return
     shapes = SHAPES if args.shape == "both" else [args.shape]
-    lines = [line for shape in shapes for line in section(args, shape)]
-    print("\n".join([side_by_side.here("torch", "transformers", "accelerate"), *lines]))
+    sections = [section(args, shape) for shape in shapes]
+    print("\n\n".join([side_by_side.here("torch", "transformers", "accelerate"), *sections]))
 
 
 if __name__ == "__main__":

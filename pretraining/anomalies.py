@@ -22,7 +22,7 @@ class Anomalies:
 
     Args:
         skip_loss_spikes: a spike's update is not applied.
-        has_scaler: gradients that overflow are fp16's own affair: its scaler leaves them out, and scales less.
+        has_scaler: of fp16. An overflowing gradient is normal then: the scaler skips the update, and scales less.
 
     Attributes:
         recent: the losses of the last steps, spikes included, so that a higher level becomes the usual one.

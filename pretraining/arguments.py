@@ -54,37 +54,11 @@ def parse_arguments(arguments_class: type[T], description: str, argv: list[str] 
         UserError: with every problem found: unknown flags and recipe keys (with the nearest real name), values of the
             wrong type, and what `problems` returned.
     """
-    # allow_abbrev would turn a mistyped `--eval` silently into `--eval_steps`.
-    groups = [base for base in reversed(arguments_class.__mro__) if "_argument_group_name" in vars(base)]
-    parser = HfArgumentParser(
-        groups or arguments_class,  # type: ignore[arg-type]
-        description=description,
-        allow_abbrev=False,
-        exit_on_error=False,
-        usage="%(prog)s [--config recipe.yaml] [--flag value ...]",
-        formatter_class=_HelpFormatter,
-    )
-    parser.add_argument(
-        "--config", type=str, metavar="FILE", help="a YAML recipe: flag names without the dashes, and values"
-    )
     names = [field.name for field in dataclasses.fields(arguments_class)]  # type: ignore[arg-type]
     argv = list(sys.argv[1:] if argv is None else argv)
-
-    # argparse stops at the first value it cannot convert: note it, drop the flag, and look for more.
     problems: list[str] = []
     recipe_argv = _read_recipe(_option_value(argv, "--config"), names, problems)
-    pending = recipe_argv + argv
-    while True:
-        try:
-            namespace, unknown = parser.parse_known_args(pending)
-            break
-        except argparse.ArgumentError as error:
-            options = (error.argument_name or "").split("/")
-            problems.append(f"{options[0]}: {error.message}" if error.argument_name else error.message)
-            remaining = _without_option(pending, options)
-            if len(remaining) == len(pending):
-                raise UserError(*problems) from None
-            pending = remaining
+    namespace, unknown = _parse_all(_parser(arguments_class, description), recipe_argv + argv, problems)
     problems += [_unknown_flag(word, names) for word in unknown if word.startswith("--")]
     problems += [f"'{word}' is not a flag" for word in _stray_words(unknown)]
 
@@ -130,6 +104,35 @@ def nearest(name: str, names: list[str]) -> str:
     """ ", did you mean X?" if one of `names` is close to `name`, else nothing."""
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     return f", did you mean {close[0]}?" if close else ""
+
+
+def _parser(arguments_class: type, description: str) -> HfArgumentParser:
+    groups = [base for base in reversed(arguments_class.__mro__) if "_argument_group_name" in vars(base)]
+    parser = HfArgumentParser(
+        groups or arguments_class,  # type: ignore[arg-type]
+        description=description,
+        allow_abbrev=False,  # which would turn a mistyped `--eval` silently into `--eval_steps`
+        exit_on_error=False,
+        usage="%(prog)s [--config recipe.yaml] [--flag value ...]",
+        formatter_class=_HelpFormatter,
+    )
+    about = "a YAML recipe: flag names without the dashes, and values"
+    parser.add_argument("--config", type=str, metavar="FILE", help=about)
+    return parser
+
+
+def _parse_all(parser: HfArgumentParser, argv: list[str], problems: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """As `parse_known_args`, which stops at the first value it cannot convert: that is noted, and left out."""
+    while True:
+        try:
+            return parser.parse_known_args(argv)
+        except argparse.ArgumentError as error:
+            options = (error.argument_name or "").split("/")
+            problems.append(f"{options[0]}: {error.message}" if error.argument_name else error.message)
+            remaining = _without_option(argv, options)
+            if len(remaining) == len(argv):
+                raise UserError(*problems) from None
+            argv = remaining
 
 
 METAVARS = {int: "N", float: "X", str: "TEXT"}

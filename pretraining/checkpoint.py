@@ -41,6 +41,8 @@ from pretraining.files import INCOMPLETE, write_text
 from pretraining.launch import on_main_process
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+# What is raised by reading a file that is of another kind than it should be.
+OF_ANOTHER_KIND = (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError, pickle.UnpicklingError)
 
 
 @dataclass(frozen=True)
@@ -187,44 +189,25 @@ def load_checkpoint(accelerator: Accelerator, folder: Path, model: nn.Module, op
     Raises:
         UserError: if its files hold something else than a checkpoint does. Nothing is executed, whatever they hold.
     """
-
-    # The other processes get theirs below, tensor by tensor.
+    # Read by the first process; the others get theirs from it, tensor by tensor.
     weights: dict[str, Any] = {}
     optimizer_state: dict[str, Any] = {"optimizers": {}}
 
     def read() -> tuple[dict, list]:
-        nonlocal weights, optimizer_state
         try:
-            weights = load_file(folder / "model.safetensors")
-            weights |= {alias: weights[name] for alias, name in _aliases(accelerator, model).items()}
-            own = accelerator.unwrap_model(model, keep_torch_compile=False).state_dict()
-            if {name: weight.shape for name, weight in weights.items()} != {name: own[name].shape for name in own}:
-                raise ValueError("the weights are those of another model")
-            optimizer_state |= torch.load(folder / "optimizer.pt", weights_only=True, mmap=True)
+            weights.update(_read_weights(folder, accelerator, model))
+            optimizer_state.update(torch.load(folder / "optimizer.pt", weights_only=True, mmap=True))
             generators = torch.load(folder / "rng.pt", weights_only=True)
             if not all(isinstance(states["cpu"], torch.ByteTensor) for states in generators):
                 raise ValueError("rng.pt has no states of generators")
             return json.loads((folder / "position.json").read_text(encoding="utf-8")), generators
-        except (
-            OSError,
-            ValueError,
-            KeyError,
-            TypeError,
-            RuntimeError,
-            SafetensorError,
-            pickle.UnpicklingError,
-        ) as error:
+        except OF_ANOTHER_KIND as error:
             raise UserError(f"{folder} holds something else than a checkpoint: {one_line(error)}") from error
 
     position, generators = on_main_process(accelerator.state, read)
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=accelerator.num_processes > 1)
     set_model_state_dict(model, weights, options=options)
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    flags = [{name: group[name] for name in ("initial_lr", "weight_decay")} for group in groups]
-    set_optimizer_state_dict(model, _unwrapped(optimizers), optimizer_state["optimizers"], options=options)
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    for group, values in zip(groups, flags, strict=True):
-        group.update(values)  # the flags of now, where --allow_changes lets them differ
+    _restore_optimizers(model, optimizers, optimizer_state["optimizers"], options)
     scaler_state = broadcast_object_list([optimizer_state.get("scaler")])[0]
     if accelerator.scaler is not None and scaler_state:
         accelerator.scaler.load_state_dict(scaler_state)
@@ -234,6 +217,28 @@ def load_checkpoint(accelerator: Accelerator, folder: Path, model: nn.Module, op
         torch.manual_seed(torch.initial_seed() + position["step"])
     streams = position.pop("streams")
     return {**position, "stream": streams[accelerator.process_index % len(streams)]}
+
+
+def _read_weights(folder: Path, accelerator: Accelerator, model: nn.Module) -> dict[str, torch.Tensor]:
+    weights = load_file(folder / "model.safetensors")
+    weights |= {alias: weights[name] for alias, name in _aliases(accelerator, model).items()}
+    own = accelerator.unwrap_model(model, keep_torch_compile=False).state_dict()
+    if {name: weight.shape for name, weight in weights.items()} != {name: own[name].shape for name in own}:
+        raise ValueError("the weights are those of another model")
+    return weights
+
+
+def _restore_optimizers(model: nn.Module, optimizers: list[Optimizer], state: dict, options: StateDictOptions) -> None:
+    """But for the flags of now, where --allow_changes lets them differ. The groups are replaced by new ones."""
+    flags = [
+        {name: group[name] for name in ("initial_lr", "weight_decay")}
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+    ]
+    set_optimizer_state_dict(model, _unwrapped(optimizers), state, options=options)
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    for group, values in zip(groups, flags, strict=True):
+        group.update(values)
 
 
 def generator_states(device: torch.device) -> dict[str, torch.Tensor]:

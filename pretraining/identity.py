@@ -21,7 +21,7 @@ def identity(
         settings: the flags that decide the result.
         tokenizer: its fingerprint.
         data: `name` and `fingerprint`.
-        binding: what else the position in the data is bound to.
+        binding: what else the position in the data is bound to: of a stream, the numbers of processes and workers.
     """
     return {
         "settings": settings,

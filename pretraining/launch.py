@@ -1,4 +1,4 @@
-"""Whether the processes that a launcher was asked for are there, and know of each other."""
+"""The processes of a launch: whether they are there, accelerate's view of them, and errors that all of them share."""
 
 import os
 from collections.abc import Callable
@@ -62,7 +62,7 @@ def open_accelerator(
     """
     Raises:
         UserError: if the launch config asks for sharding that this machine cannot do: every process would hold the
-            whole model; or for what accelerate does wrongly.
+            whole model; or for fp16 with Muon, whose gradients accelerate would unscale twice.
     """
     wants_fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     accelerator = Accelerator(

@@ -14,7 +14,7 @@ from yaml import YAMLError
 
 from pretraining.arguments import UserError, one_line
 from pretraining.files import write_text
-from pretraining.publish_data import table
+from pretraining.markdown import table
 
 CARD = "README.md"
 LICENSE = "mit"  # of the weights, unless --license says otherwise
@@ -143,22 +143,11 @@ def model_card(record: RunRecord, config: PreTrainedConfig) -> ModelCard:
     elif start:
         base_model = start
     settings = {**record.settings, "model_name_or_path": start}
-    hub_names = [source["name"] for source in record.sources if "/" in source["name"]]
-    card_data = ModelCardData(
-        license=record.license,
-        library_name=LIBRARY["gpt2scratch"],
-        pipeline_tag="text-generation",
-        tags=["gpt2", "gpt2scratch"],
-        datasets=list(dict.fromkeys(hub_names)) or None,
-        base_model=base_model,
-        model_name=title,
-        eval_results=[*_validation_results(record), *_hellaswag_entries(record)] or None,
-    )
     made = f"trained further from `{start}`" if start else "trained from scratch"
     names = " and ".join(source["name"] for source in record.sources)
     unfinished = "" if record.step == record.max_steps else f" So far {record.step:,} of {record.max_steps:,} steps."
     sections = [
-        f"---\n{card_data}\n---",
+        f"---\n{_metadata(record, title, base_model)}\n---",
         f"# {title}",
         f"A GPT-2 of {record.parameters:,} parameters, {made} with gpt2scratch on {names}.{unfinished}",
         USE,
@@ -169,29 +158,9 @@ def model_card(record: RunRecord, config: PreTrainedConfig) -> ModelCard:
         "A decoder-only transformer, as GPT-2 is: learned positions, pre-norm blocks of causal attention and a "
         "feed-forward network with GELU"
         + (", the output head tied to the token embeddings." if config.tie_word_embeddings else "."),
-        table(
-            ("", "value"),
-            [
-                ("parameters", f"{record.parameters:,}"),
-                ("layers", config.n_layer),
-                ("width", config.n_embd),
-                ("heads", config.n_head),
-                ("positions", f"{config.n_positions:,}"),
-                ("vocabulary", f"{config.vocab_size:,}"),
-            ],
-        ),
+        _shape(record, config),
         "## Training",
-        table(
-            ("", "value"),
-            [
-                *_data_rows(record),
-                ("steps", f"{record.step:,}, of {record.tokens // record.step:,} tokens each"),
-                ("hardware", record.hardware),
-                ("time", duration(record.hours)),
-                ("precision", "fp32" if record.mixed_precision == "no" else f"{record.mixed_precision} autocast"),
-                *((f"`{key}`", value) for key, value in settings.items() if value is not None),
-            ],
-        ),
+        _training(record, settings),
         *(["## What it writes", *map(_fenced, record.samples)] if record.samples else []),
         "## Limits",
         f"It reads {config.n_positions:,} tokens at most, and knows nothing but what its training text is like, whose "
@@ -202,6 +171,44 @@ def model_card(record: RunRecord, config: PreTrainedConfig) -> ModelCard:
         "Made with " + ", ".join(f"{name} {version}" for name, version in record.versions.items()) + ".",
     ]
     return ModelCard("\n\n".join(sections) + "\n")
+
+
+def _metadata(record: RunRecord, title: str, base_model: str | None) -> ModelCardData:
+    hub_names = [source["name"] for source in record.sources if "/" in source["name"]]
+    return ModelCardData(
+        license=record.license,
+        library_name=LIBRARY["gpt2scratch"],
+        pipeline_tag="text-generation",
+        tags=["gpt2", "gpt2scratch"],
+        datasets=list(dict.fromkeys(hub_names)) or None,
+        base_model=base_model,
+        model_name=title,
+        eval_results=[*_validation_results(record), *_hellaswag_entries(record)] or None,
+    )
+
+
+def _shape(record: RunRecord, config: PreTrainedConfig) -> str:
+    rows = [
+        ("parameters", f"{record.parameters:,}"),
+        ("layers", config.n_layer),
+        ("width", config.n_embd),
+        ("heads", config.n_head),
+        ("positions", f"{config.n_positions:,}"),
+        ("vocabulary", f"{config.vocab_size:,}"),
+    ]
+    return table(("", "value"), rows)
+
+
+def _training(record: RunRecord, settings: dict) -> str:
+    rows = [
+        *_data_rows(record),
+        ("steps", f"{record.step:,}, of {record.tokens // record.step:,} tokens each"),
+        ("hardware", record.hardware),
+        ("time", duration(record.hours)),
+        ("precision", "fp32" if record.mixed_precision == "no" else f"{record.mixed_precision} autocast"),
+        *((f"`{key}`", value) for key, value in settings.items() if value is not None),
+    ]
+    return table(("", "value"), rows)
 
 
 def usage(format: Format, name: str, prompt: str, config: PreTrainedConfig) -> str:

@@ -102,7 +102,7 @@ def check_fit(config: PreTrainedConfig, vocab_size: int, block_size: int) -> Non
 
 
 def attention_on(device: torch.device, mixed_precision: str, attn_implementation: str) -> str:
-    """What computes `attn_implementation` there: of torch's sdpa, whose kernel for CPUs is slow in bf16, `TILED`."""
+    """`attn_implementation`, or `TILED` in place of sdpa on a CPU in bf16, where torch's kernel is slow."""
     is_slow = attn_implementation == "sdpa" and device.type == "cpu" and mixed_precision == "bf16"
     return TILED if is_slow else attn_implementation
 

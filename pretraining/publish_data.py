@@ -6,6 +6,7 @@ from huggingface_hub import DatasetCard, DatasetCardData, HfApi
 
 from pretraining.arguments import UserError
 from pretraining.hub import create_repository, hub_errors_as_user_errors
+from pretraining.markdown import table
 from pretraining.shards import checksum_problem, read_data_folder
 
 
@@ -75,9 +76,3 @@ def dataset_card(info: dict, repo_id: str) -> DatasetCard:
         "`dataset.json` has all of this, and the sha256 of every shard, for programs.",
     ]
     return DatasetCard("\n\n".join(sections) + "\n")
-
-
-def table(header: tuple, rows: list[tuple]) -> str:
-    """In Markdown."""
-    lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
-    return "\n".join(lines + ["| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in rows])

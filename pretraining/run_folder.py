@@ -40,8 +40,8 @@ class Opened:
 @contextlib.contextmanager
 def open_run_folder(output_dir: Path, arguments: dict, identity: dict, state: PartialState) -> Iterator[Opened]:
     """
-    Make the run folder, or check that the run there is the one to go on with. Training_args.yaml is written if it is
-    to begin; one that goes on leaves that to `write_arguments`, when it has.
+    Make the run folder, or check that the run there is the one to go on with. A new run's training_args.yaml is
+    written here, that of one that goes on by `write_arguments`, when its checkpoint has been loaded.
 
     Args:
         arguments: every flag.
@@ -129,7 +129,7 @@ def _check_finished(output_dir: Path, identity: dict) -> None:
         before = dict(json.loads((output_dir / IDENTITY).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return  # a model that came from elsewhere: it is left as it is
-    if problems := differences(before, identity, ["mixed_precision"], DEFAULTS):  # that of this launch, for nothing
+    if problems := differences(before, identity, ["mixed_precision"], DEFAULTS):  # nothing is trained
         raise UserError(*(f"{output_dir} holds a finished run, of {problem}" for problem in problems))
 
 

@@ -38,7 +38,7 @@ class RunLog:
     Args:
         first_step: the number of steps already done; lines of metrics.jsonl beyond it belong to a continuation that
             was lost, and are removed.
-        is_due: so are the evaluations after that step, as they will come again.
+        is_due: the evaluations of `first_step` will be done again: their lines are removed too.
         report_to: names of `TRACKERS`.
         settings: what the trackers are to know of the run.
     """

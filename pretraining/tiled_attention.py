@@ -57,7 +57,7 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | N
 
     Args:
         query, key, value (`(B, H, T, D)`): the queries scaled already.
-        mask (`(B or 1, 1, T, T)`, boolean, *optional*): True where a query sees a key; never one behind it.
+        mask (`(B or 1, 1, T, T)`, boolean, *optional*): True where a query sees a key; never a later one.
     """
     output = torch.empty(query.shape, dtype=query.dtype)
     flat_output, flat_value = output.flatten(0, 1), value.flatten(0, 1)

@@ -6,6 +6,7 @@ import threading
 import time
 import traceback
 from datetime import timedelta
+from pathlib import Path
 
 import torch.distributed as dist
 from accelerate import PartialState
@@ -114,6 +115,7 @@ class Watchdog:
 
     def _leave(self, lines: list[str]) -> None:
         """At once: to leave in the usual way is to wait for the others."""
+        name = Path(sys.argv[0]).name
         for line in lines:
-            print(f"train_accelerate.py: error: {line} (said by process {self.rank})", file=sys.stderr, flush=True)
+            print(f"{name}: error: {line} (said by process {self.rank})", file=sys.stderr, flush=True)
         os._exit(1)
