@@ -62,6 +62,7 @@ from pretraining.model_card import LICENSE, duration, title_of
 from pretraining.models import attention_on, build_model, check_fit, load_config
 from pretraining.optim import build_optimizers, learning_rate_factor, parameter_groups, set_learning_rate
 from pretraining.plots import plot_hellaswag, plot_loss
+from pretraining.position import Position
 from pretraining.published import comparable_losses
 from pretraining.run import Run
 from pretraining.run_card import RunCard
@@ -250,9 +251,9 @@ def train(setup: Setup) -> bool:
     anomalies = Anomalies(args.skip_loss_spikes, has_scaler=accelerator.scaler is not None)
     position = resume(setup, model, optimizers, run, anomalies) if setup.checkpoint else None
     accelerator.print(summary(args, accelerator, data, run.tokens_per_step, num_parameters))
-    goes_on = position is not None and is_same_data(position["identity"], setup.identity)
-    batches = data.batches(split, args.seed, run.step, position["stream"] if goes_on else None)
-    is_due = position is not None and position["is_due"]
+    goes_on = position is not None and is_same_data(position.identity, setup.identity)
+    batches = data.batches(split, args.seed, run.step, position.streams[0] if goes_on else None)
+    is_due = position is not None and position.is_due
     card = RunCard(args, accelerator, data, setup.config, sum(num_parameters), run.tokens_per_step, setup.repo_id)
     with RunLog(accelerator, setup.output_dir, run.step, args.max_steps, args.trackers(), asdict(args), is_due) as log:
         publisher = open_publisher(setup, card, log)
@@ -263,7 +264,7 @@ def train(setup: Setup) -> bool:
         with out_of_memory_explained(args, split, run), writer:
             is_stopped = training.loop(is_due)
     if not is_stopped:
-        finish(setup, model, lambda: card.at(run.position(), training.samples))
+        finish(setup, model, lambda: card.at(run.step, run.elapsed_seconds, training.samples))
         if setup.repo_id and accelerator.is_main_process:
             setup.signals.end_at_once(UNPUBLISHED)
             if publisher:
@@ -288,18 +289,17 @@ def new_run(setup: Setup, num_parameters: int) -> Run:
     config, peak_flops = setup.config, hardware.peak_flops(setup.accelerator.device)
     return Run(
         tokens_per_step=setup.identity["tokens_per_step"],
-        identity=setup.identity,
         flops_per_token=hardware.flops_per_token(num_parameters, config.n_layer, config.n_embd, setup.data.block_size),
         peak_flops=peak_flops and peak_flops * setup.split.num_processes,
     )
 
 
-def resume(setup: Setup, model: nn.Module, optimizers: list[Optimizer], run: Run, anomalies: Anomalies) -> dict:
+def resume(setup: Setup, model: nn.Module, optimizers: list[Optimizer], run: Run, anomalies: Anomalies) -> Position:
     """Take all that the checkpoint holds. Returns its position."""
     args, accelerator = setup.args, setup.accelerator
     position = load_checkpoint(accelerator, setup.checkpoint, model, optimizers)
-    run.resume(position)
-    anomalies.load(position["anomalies"])
+    run.step, run.elapsed_before = position.step, position.elapsed_seconds
+    anomalies.load(position.anomalies)
     accelerator.print(f"continuing from {setup.checkpoint}")
     if accelerator.is_main_process:
         write_arguments(setup.output_dir, asdict(args), setup.identity)
@@ -468,12 +468,8 @@ class Training:
 
     def stop(self, notes: list[int]) -> None:
         """Save a checkpoint, as a process got a signal."""
-        if self.anomalies.in_a_row:
-            folder = self.save_last_good()
-        else:
-            state = self.state()
-            state.position["is_due"] = True
-            folder = self.save_checkpoint(state)
+        in_between = self.anomalies.in_a_row
+        folder = self.save_last_good() if in_between else self.save_checkpoint(self.state(is_due=True))
         self.writer.wait()
         process, number = next((process, number) for process, number in enumerate(notes) if number)
         of = f" of process {process}" if len(notes) > 1 else ""
@@ -506,7 +502,7 @@ class Training:
         folder, run = self.save_last_good(), self.run
         self.writer.wait()
         saved = f"{folder} is from before" if folder else "there is no checkpoint from before"
-        step = self.last_good.position["step"]
+        step = self.last_good.position.step
         raise UserError(
             f"{run.step - step} steps in a row were left out, the last as {sentence(event)}. {saved}: a lower "
             "--learning_rate may help (with --allow_changes learning_rate), or other data (with --allow_changes data)"
@@ -515,11 +511,17 @@ class Training:
     def is_due(self, every: int | None) -> bool:
         return every is not None and self.run.step % every == 0
 
-    def state(self) -> LoopState:
-        """Where this process stands, between two steps."""
+    def state(self, is_due: bool = False) -> LoopState:
+        """Where this process stands, between two steps; `is_due` as in `loop`."""
         return LoopState(
-            position={**self.run.position(), "anomalies": self.anomalies.state(), "is_due": False},
-            stream=self.batches.position(),
+            position=Position(
+                step=self.run.step,
+                elapsed_seconds=self.run.elapsed_seconds,
+                is_due=is_due,
+                identity=self.setup.identity,
+                anomalies=self.anomalies.state(),
+                streams=[self.batches.position()],
+            ),
             generators=generator_states(self.accelerator.device),
         )
 
@@ -604,12 +606,12 @@ class Training:
         """With the weights as they are. Returns the folder that it will have."""
         self.writer.save(state)
         self.run.restart_interval()
-        return checkpoint_folder(self.output_dir, state.position["step"])
+        return checkpoint_folder(self.output_dir, state.position.step)
 
     def save_last_good(self) -> Path | None:
         """A checkpoint from before the steps in a row that changed no weights, if it is not there, and if any was."""
         self.writer.wait()  # for what may be that very checkpoint
-        step = self.last_good.position["step"]
+        step = self.last_good.position.step
         folder = checkpoint_folder(self.output_dir, step)
         if step and not on_main_process(self.accelerator.state, folder.exists):
             self.save_checkpoint(self.last_good)

@@ -42,6 +42,7 @@ from pretraining.checkpoint_folders import checkpoint_folder, verify
 from pretraining.files import sha256_of
 from pretraining.markdown import table
 from pretraining.optim import build_optimizers
+from pretraining.position import Position
 
 
 @dataclass
@@ -93,7 +94,8 @@ def measure(config_name: str, rounds: int, output_dir: Path) -> tuple[dict[str, 
     with CheckpointWriter(accelerator, output_dir, model, optimizers, save_total_limit=2) as writer:
         for number in range(1, rounds + 1):
             usual = statistics.median(timed("step", step) for _ in range(5))
-            state = LoopState({"step": number}, None, generator_states(accelerator.device))
+            position = Position(number, 0.0, False, {}, {"recent": []}, [None])
+            state = LoopState(position, generator_states(accelerator.device))
             timed("stall", partial(writer.save, state))
             started, steps = time.perf_counter(), 0
             while writer.is_writing():

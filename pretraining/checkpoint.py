@@ -4,19 +4,18 @@ What a checkpoint holds, from all processes into its folder and back.
 checkpoint-000500/   config.json, model.safetensors   as `save_pretrained` writes them
                      optimizer.pt    the optimizers' state, by the parameters' names
                      rng.pt          the random generators of every process
-                     position.json   the loop's own state
+                     position.json   the loop's own state, see position.py
                      manifest.json   written last: size and sha256 of every other file
 
 The first process writes all of it, from states that are gathered whole. So a checkpoint does not depend on how the
 model was wrapped or sharded, and of several machines only the first one needs to have the folder.
 """
 
-import json
 import pickle
 import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +36,9 @@ from torch.optim import Optimizer
 
 from pretraining.arguments import UserError, one_line
 from pretraining.checkpoint_folders import checkpoint_folder, commit, mark_best, rotate
-from pretraining.files import INCOMPLETE, write_text
+from pretraining.files import INCOMPLETE
 from pretraining.launch import on_main_process
+from pretraining.position import Position
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 # What is raised by reading a file that is of another kind than it should be.
@@ -51,13 +51,11 @@ class LoopState:
     Where a process stands between two steps, but for weights and optimizers.
 
     Attributes:
-        position: the loop's own state, JSON; `position["step"]` is the number of optimizer steps done.
-        stream: where this process's stream is, JSON, if the data is one.
+        position: with the stream of this process.
         generators: states of the random generators.
     """
 
-    position: dict
-    stream: dict | None
+    position: Position
     generators: dict[str, torch.Tensor]
 
 
@@ -90,7 +88,7 @@ class CheckpointWriter:
         model: nn.Module,
         optimizers: list[Optimizer],
         save_total_limit: int,
-        on_saved: Callable[[Path, dict], None] | None = None,
+        on_saved: Callable[[Path, Position], None] | None = None,
     ):
         self.accelerator = accelerator
         self.output_dir = output_dir
@@ -125,7 +123,7 @@ class CheckpointWriter:
         if self.accelerator.scaler is not None:
             optimizer_state["scaler"] = self.accelerator.scaler.state_dict()
         generators = gather_object([state.generators])
-        position = {**state.position, "streams": gather_object([state.stream])}
+        position = replace(state.position, streams=gather_object(state.position.streams))
         if self.accelerator.is_main_process:
             if self.accelerator.device.type == "cpu":  # from a GPU they are copies already
                 weights, optimizer_state = _copied(weights), _copied(optimizer_state)
@@ -149,8 +147,8 @@ class CheckpointWriter:
         task, self._task = self._task, None
         on_main_process(self.accelerator.state, lambda: task and task.result())
 
-    def _write(self, weights: dict, optimizer_state: dict, generators: list, position: dict) -> None:
-        step = position["step"]
+    def _write(self, weights: dict, optimizer_state: dict, generators: list, position: Position) -> None:
+        step = position.step
         if not all(weight.isfinite().all() for weight in weights.values()):
             raise UserError(
                 f"the weights after step {step} are not finite, they are not saved: a lower --learning_rate may help"
@@ -164,7 +162,7 @@ class CheckpointWriter:
             unwrapped.save_pretrained(folder, state_dict=weights)
             torch.save(optimizer_state, folder / "optimizer.pt")
             torch.save(generators, folder / "rng.pt")
-            write_text(folder / "position.json", json.dumps(position, indent=2) + "\n")
+            position.write(folder)
             commit(folder, final)
             rotate(self.output_dir, self.save_total_limit, keep=[final, mark_best(self.output_dir)])
         except (OSError, SafetensorError, RuntimeError) as error:  # the last is what torch.save makes of a full disk
@@ -178,10 +176,10 @@ class CheckpointWriter:
             self.on_saved(final, position)
 
 
-def load_checkpoint(accelerator: Accelerator, folder: Path, model: nn.Module, optimizers: list[Optimizer]) -> dict:
+def load_checkpoint(accelerator: Accelerator, folder: Path, model: nn.Module, optimizers: list[Optimizer]) -> Position:
     """
-    Restore model, optimizers and random generators of all processes. Returns the position it was saved with, with this
-    process's own `stream`.
+    Restore model, optimizers and random generators of all processes. Returns the position it was saved with, as it is
+    this process's.
 
     Args:
         folder: a checkpoint that is whole, see `checkpoint_folders.verify`.
@@ -193,14 +191,14 @@ def load_checkpoint(accelerator: Accelerator, folder: Path, model: nn.Module, op
     weights: dict[str, Any] = {}
     optimizer_state: dict[str, Any] = {"optimizers": {}}
 
-    def read() -> tuple[dict, list]:
+    def read() -> tuple[Position, list]:
         try:
             weights.update(_read_weights(folder, accelerator, model))
             optimizer_state.update(torch.load(folder / "optimizer.pt", weights_only=True, mmap=True))
             generators = torch.load(folder / "rng.pt", weights_only=True)
             if not all(isinstance(states["cpu"], torch.ByteTensor) for states in generators):
                 raise ValueError("rng.pt has no states of generators")
-            return json.loads((folder / "position.json").read_text(encoding="utf-8")), generators
+            return Position.read(folder), generators
         except OF_ANOTHER_KIND as error:
             raise UserError(f"{folder} holds something else than a checkpoint: {one_line(error)}") from error
 
@@ -214,9 +212,8 @@ def load_checkpoint(accelerator: Accelerator, folder: Path, model: nn.Module, op
     if len(generators) == accelerator.num_processes:
         _restore_generators(generators[accelerator.process_index], accelerator.device)
     else:  # not the first step's dropout once more
-        torch.manual_seed(torch.initial_seed() + position["step"])
-    streams = position.pop("streams")
-    return {**position, "stream": streams[accelerator.process_index % len(streams)]}
+        torch.manual_seed(torch.initial_seed() + position.step)
+    return position.of_process(accelerator.process_index)
 
 
 def _read_weights(folder: Path, accelerator: Accelerator, model: nn.Module) -> dict[str, torch.Tensor]:

@@ -18,10 +18,11 @@ from pathlib import Path
 
 from pretraining.arguments import UserError
 from pretraining.files import INCOMPLETE, sha256_of, sync, write_text
+from pretraining.position import POSITION_FILE
 from pretraining.runlog import read_metrics
 
 MANIFEST = "manifest.json"
-FILES = ("config.json", "model.safetensors", "optimizer.pt", "rng.pt", "position.json")
+FILES = ("config.json", "model.safetensors", "optimizer.pt", "rng.pt", POSITION_FILE)
 # Names that `checkpoint-*` does not match, by which people and programs look for the newest one.
 BEST = "best-checkpoint"
 ABANDONED = "abandoned-"

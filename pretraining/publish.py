@@ -16,6 +16,7 @@ from pretraining.checkpoint_folders import step_of
 from pretraining.files import INCOMPLETE
 from pretraining.hub import create_repository, hub_errors_as_user_errors
 from pretraining.model_card import CARD, renamed_card
+from pretraining.position import Position
 
 WEIGHTS = "model.safetensors"
 # Of the folder of a run, a checkpoint or an exported model, beside the card. No optimizer's state, log, or tracker's
@@ -126,7 +127,7 @@ class CheckpointPublisher:
         output_dir: Path,
         repo_id: str,
         private: bool,
-        complete: Callable[[Path, dict], None],
+        complete: Callable[[Path, Position], None],
         say: Callable[[str], None],
     ):
         self.output_dir = output_dir
@@ -136,7 +137,7 @@ class CheckpointPublisher:
         self.say = say
         self._thread: threading.Thread | None = None
 
-    def __call__(self, checkpoint: Path, position: dict) -> None:
+    def __call__(self, checkpoint: Path, position: Position) -> None:
         """Begin to publish a checkpoint that was just written; other threads may delete it from then on."""
         if self._thread is not None and self._thread.is_alive():
             return

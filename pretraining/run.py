@@ -11,7 +11,6 @@ class Run:
 
     Attributes:
         tokens_per_step: of all processes together.
-        identity: see `identity.identity`.
         step: optimizer steps done.
         elapsed_before: seconds that earlier starts of the program took.
         flops_per_token: see `hardware.flops_per_token`.
@@ -19,7 +18,6 @@ class Run:
     """
 
     tokens_per_step: int
-    identity: dict
     flops_per_token: int
     peak_flops: float | None
     step: int = 0
@@ -53,14 +51,3 @@ class Run:
         if self.peak_flops:
             speed["mfu"] = round(tokens_per_second * self.flops_per_token / self.peak_flops, 4)
         return speed
-
-    def position(self) -> dict:
-        """What a checkpoint saves of the run. Packed rows come in an order that is a pure function of the step."""
-        return {
-            "step": self.step,
-            "elapsed_seconds": self.elapsed_seconds,
-            "identity": self.identity,
-        }
-
-    def resume(self, position: dict) -> None:
-        self.step, self.elapsed_before = position["step"], position["elapsed_seconds"]

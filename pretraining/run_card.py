@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig
 
 from pretraining import hardware, publish
 from pretraining.model_card import HELLASWAG, LICENSE, RunRecord, model_card
+from pretraining.position import Position
 from pretraining.runlog import read_metrics
 from pretraining.sources import TrainingData
 from pretraining.training_arguments import TrainArguments
@@ -36,9 +37,9 @@ class RunCard:
     tokens_per_step: int
     repo_id: str | None
 
-    def at(self, position: dict, samples: Sequence[str] = ()) -> ModelCard:
-        """The card of the model at `position`, as a checkpoint has it."""
-        args, step = self.args, position["step"]
+    def at(self, step: int, elapsed_seconds: float, samples: Sequence[str] = ()) -> ModelCard:
+        """The card of the model after `step`, which all starts of the program together took so long for."""
+        args = self.args
         lines = [line for line in read_metrics(Path(args.output_dir)) if line["step"] <= step]
         record = RunRecord(
             name=self.repo_id or args.output_dir,
@@ -46,7 +47,7 @@ class RunCard:
             step=step,
             max_steps=args.max_steps,
             tokens=step * self.tokens_per_step,
-            hours=position["elapsed_seconds"] / 3600,
+            hours=elapsed_seconds / 3600,
             hardware=hardware.device_description(self.accelerator.device, self.accelerator.num_processes),
             mixed_precision=self.accelerator.mixed_precision,
             license=args.license or LICENSE,
@@ -65,6 +66,7 @@ class RunCard:
         )
         return model_card(record, self.config)
 
-    def complete(self, folder: Path, position: dict) -> None:
+    def complete(self, folder: Path, position: Position) -> None:
         """Write into a folder with a checkpoint's model what a published one has besides."""
-        publish.write_companions(self.data.tokenizer, self.config.n_positions, self.at(position), folder)
+        card = self.at(position.step, position.elapsed_seconds)
+        publish.write_companions(self.data.tokenizer, self.config.n_positions, card, folder)

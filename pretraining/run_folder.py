@@ -16,6 +16,7 @@ from pretraining.checkpoint_folders import checkpoint_to_resume, checkpoints, re
 from pretraining.files import INCOMPLETE, locked, write_text
 from pretraining.identity import differences
 from pretraining.launch import on_main_process
+from pretraining.position import Position
 from pretraining.training_arguments import TrainArguments
 
 TRAINING_ARGS = "training_args.yaml"
@@ -134,18 +135,9 @@ def _check_finished(output_dir: Path, identity: dict) -> None:
 
 
 def _check_position(folder: Path, allow_changes: list[str], identity: dict) -> None:
-    try:
-        position = json.loads((folder / "position.json").read_text(encoding="utf-8"))
-        step, before = position["step"], dict(position["identity"])
-        is_sound = type(step) is int and step > 0 and type(position["is_due"]) is bool
-        is_sound &= type(position["elapsed_seconds"]) is float and bool(position["streams"])
-        is_sound &= all(type(loss) is float for loss in position["anomalies"]["recent"])
-    except (ValueError, KeyError, TypeError, RecursionError):
-        is_sound = False
-    if not is_sound:
-        raise UserError(f"{folder} is of another version of this program, whose checkpoints are other ones")
+    position = Position.read(folder)
     max_steps = identity["settings"]["max_steps"]
-    if step >= max_steps:
+    if position.step >= max_steps:
         raise UserError(f"{folder} has --max_steps {max_steps} behind it: nothing is left to train")
-    if problems := differences(before, identity, allow_changes, DEFAULTS):
+    if problems := differences(position.identity, identity, allow_changes, DEFAULTS):
         raise UserError(*(f"{folder} is of {problem}" for problem in problems))

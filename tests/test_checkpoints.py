@@ -34,6 +34,7 @@ import train_accelerate
 from pretraining.checkpoint import CheckpointWriter, LoopState
 from pretraining.checkpoint_folders import checkpoint_to_resume, commit, complete_checkpoints, verify
 from pretraining.identity import differences
+from pretraining.position import Position
 from pretraining.signals import STOPPED
 
 # Rows 2, 7: killed while saving
@@ -395,7 +396,17 @@ def test_a_manifest_of_any_kind_is_damaged_at_most(name, content, stopped):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"step": "5"}, {"step": -3}, {"anomalies": {}}, {"anomalies": {"recent": ["x"]}}, {"streams": []}]
+    "changes",
+    [
+        {"format_version": 2},
+        {"step": "5"},
+        {"step": -3},
+        {"is_due": 1},
+        {"identity": None},
+        {"anomalies": {}},
+        {"anomalies": {"recent": ["x"]}},
+        {"streams": []},
+    ],
 )
 def test_a_position_of_another_kind_is_refused(changes, stopped, data_dir, refuse):
     path = stopped / "checkpoint-000005/position.json"
@@ -403,6 +414,15 @@ def test_a_position_of_another_kind_is_refused(changes, stopped, data_dir, refus
     write_manifest(path.parent)
     (error,) = refuse(train_accelerate, *flags(data_dir, stopped, "--max_steps", 6, "--save_steps", 2))
     assert "checkpoint-000005 is of another version of this program" in error
+
+
+def test_a_position_from_before_it_had_a_version_is_read(stopped):
+    folder = stopped / "checkpoint-000005"
+    path, position = folder / "position.json", Position.read(folder)
+    content = json.loads(path.read_text())
+    assert content.pop("format_version") == 1
+    path.write_text(json.dumps(content))
+    assert Position.read(folder) == position
 
 
 def test_weights_that_lack_one_are_refused(stopped, data_dir, refuse):
@@ -493,7 +513,7 @@ def test_the_thread_that_writes_has_one_core_and_leaves_training_its_own(tmp_pat
     while_writing = []
     saved = functools.partial(CheckpointWriter, on_saved=lambda *_: while_writing.append(torch.get_num_threads()))
     with saved(Accelerator(cpu=True), tmp_path, model, [optimizer], save_total_limit=1) as writer:
-        writer.save(LoopState({"step": 1}, None, {}))
+        writer.save(LoopState(Position(1, 0.5, False, {}, {"recent": []}, [None]), {}))
         writer.wait()
     assert while_writing == [1]
     assert torch.get_num_threads() == num_threads
