@@ -48,13 +48,14 @@ from pretraining.arguments import (
     flag,
     one_line,
     parse_arguments,
-    problems_of_minimum,
+    problems_of_range,
     run_script,
 )
+from pretraining.card_edits import update_model_card
 from pretraining.files import write_text
 from pretraining.launch import check_launch
 from pretraining.loglikelihood import Continuation, loglikelihoods, takes_trees, token_tree
-from pretraining.model_card import HELLASWAG, hellaswag_results, update_model_card
+from pretraining.model_card import HELLASWAG, hellaswag_results
 
 if TYPE_CHECKING:
     from evaluate import EvaluationModule
@@ -103,7 +104,7 @@ class HellaSwagArguments(ResultFlags, ScoringFlags):
             found.append("--model_name_or_path is required: a folder, or a name on the Hub")
         if self.data_file and self.dataset_name:
             found.append("--data_file and --dataset_name are two sources: give one of them")
-        found += problems_of_minimum(self, ["per_device_eval_batch_size", "limit"], 1)
+        found += problems_of_range(self, ["per_device_eval_batch_size", "limit"], 1)
         # What can be known now, not after an hour of scoring.
         for name in ("output_file", "predictions_file"):
             if (value := getattr(self, name)) and (problem := unwritable(Path(value))):

@@ -22,7 +22,7 @@ import numpy as np
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from pretraining.arguments import UserError, flag, parse_arguments, problems_of_minimum, run_script
+from pretraining.arguments import UserError, flag, parse_arguments, problems_of_range, run_script
 from pretraining.corpus import Corpus, embedded_corpus, open_texts, split_documents
 from pretraining.encoding import encode_documents
 from pretraining.files import folder_in_progress, usable_cores
@@ -87,13 +87,12 @@ class PrepareArguments(OutputFlags, TokenizerFlags, SourceFlags):
         found += Source.of(self).problems_of_text()
         if self.hub_private_repo and not self.push_to_hub:
             found.append("--hub_private_repo is for --push_to_hub: give both")
-        if not 1 <= self.validation_split_percentage <= 50:
-            found.append(f"--validation_split_percentage must be 1 to 50, got {self.validation_split_percentage}")
         if self.tokenizer_vocab_size < SMALLEST_VOCABULARY:
             least = f"{SMALLEST_VOCABULARY} (the bytes and the end of text)"
             found.append(f"--tokenizer_vocab_size must be at least {least}, got {self.tokenizer_vocab_size}")
-        found += problems_of_minimum(self, ["block_size"], 2)
-        return found + problems_of_minimum(self, ["max_train_tokens", "num_proc", "shard_tokens"], 1)
+        found += problems_of_range(self, ["validation_split_percentage"], 1, 50)
+        found += problems_of_range(self, ["block_size"], 2)
+        return found + problems_of_range(self, ["max_train_tokens", "num_proc", "shard_tokens"], 1)
 
     def settings(self) -> dict:
         """The flags that, with the source, decide what the folder holds. No local path is among them."""

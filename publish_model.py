@@ -26,10 +26,11 @@ from transformers.utils.logging import disable_progress_bar
 from modeling_gpt2scratch import GPT2ScratchForCausalLM
 from pretraining import publish
 from pretraining.arguments import UserError, flag, one_line, parse_arguments, run_script
+from pretraining.card_edits import converted_card
 from pretraining.convert import STOCK, write_gguf, write_onnx, write_stock
 from pretraining.files import folder_in_progress
 from pretraining.hub import create_repository, problems_of_repository
-from pretraining.model_card import CARD, converted_card, problems_of_license, title_of
+from pretraining.model_card import CARD, problems_of_license, title_of
 
 PACKAGES = {"gguf": ("gguf",), "onnx": ("onnx", "onnxscript")}  # of the extras of these names
 # What a converted model's folder may hold, whole or not.

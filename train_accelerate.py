@@ -190,9 +190,7 @@ def send_what_was_not_sent(setup: Setup) -> None:
     accelerator.print(f"{output_dir} holds a finished run; to train again, delete it or choose another --output_dir")
     send_unsent(accelerator, output_dir, args.trackers(), args.max_steps, asdict(args))
     if setup.repo_id and accelerator.is_main_process:
-        setup.signals.end_at_once(UNPUBLISHED)
-        address = publish.push(output_dir, setup.repo_id, args.hub_private_repo, FINAL, args.license)
-        print(f"published as {address}")
+        publish_run(setup)
 
 
 def open_data(args: TrainArguments, state: PartialState) -> TrainingData:
@@ -266,10 +264,7 @@ def train(setup: Setup) -> bool:
     if not is_stopped:
         finish(setup, model, lambda: card.at(run.step, run.elapsed_seconds, training.samples))
         if setup.repo_id and accelerator.is_main_process:
-            setup.signals.end_at_once(UNPUBLISHED)
-            if publisher:
-                publisher.wait()
-            publish_final(args, setup.repo_id)
+            try_to_publish(setup, publisher)
     return is_stopped
 
 
@@ -639,9 +634,21 @@ def finish(setup: Setup, model: nn.Module, card: Callable[[], ModelCard]) -> Non
         print(f"{best[0]} ({BEST}) has a lower eval_loss than the final model: {best[1]:.4f}")
 
 
-def publish_final(args: TrainArguments, repo_id: str) -> None:
+def publish_run(setup: Setup) -> None:
+    """The model of a run that is finished. A signal ends it, as the same command begins it again."""
+    args = setup.args
+    setup.signals.end_at_once(UNPUBLISHED)
+    address = publish.push(setup.output_dir, setup.repo_id, args.hub_private_repo, FINAL, args.license)
+    print(f"published as {address}")
+
+
+def try_to_publish(setup: Setup, publisher: publish.CheckpointPublisher | None) -> None:
+    """Behind the checkpoint that is on its way. That the Hub is out of reach is no failure of the run."""
+    setup.signals.end_at_once(UNPUBLISHED)
+    if publisher:
+        publisher.wait()
     try:
-        print(f"published as {publish.push(Path(args.output_dir), repo_id, args.hub_private_repo, FINAL)}")
+        publish_run(setup)
     except HubRefusal:
         raise
     except UserError as error:

@@ -70,13 +70,14 @@ def parse_arguments(arguments_class: type[T], description: str, argv: list[str] 
     return arguments
 
 
-def problems_of_minimum(args: object, names: list[str], least: int) -> list[str]:
-    """Of each of these flags that is given, and has too small a value."""
+def problems_of_range(args: object, names: list[str], least: int, most: int | None = None) -> list[str]:
+    """Of each of these flags that is given, and has a value outside of `least` to `most`."""
     values = {name: getattr(args, name) for name in names}
+    wanted = f"at least {least}" if most is None else f"{least} to {most}"
     return [
-        f"--{name} must be at least {least}, got {value}"
+        f"--{name} must be {wanted}, got {value}"
         for name, value in values.items()
-        if value is not None and value < least
+        if value is not None and (value < least or (most is not None and value > most))
     ]
 
 

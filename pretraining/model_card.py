@@ -1,95 +1,20 @@
 """The model card: what a run was, how good its model is and how to use it, from the run's own records."""
 
-import json
 import math
 import re
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedConfig
-from yaml import YAMLError
 
-from pretraining.arguments import UserError, one_line
-from pretraining.files import write_text
 from pretraining.markdown import table
+from pretraining.usage import example_prompt, usage
 
 CARD = "README.md"
 LICENSE = "mit"  # of the weights, unless --license says otherwise
 USE = "## Use it"
-STRING = r'"(?:[^"\\\n]|\\.)*"'  # between quotes, with escapes
-USE_SECTION = re.compile(rf"^{USE}$.*?(?=^## |\Z)", flags=re.M | re.S)  # up to the next heading
 HELLASWAG = "Rowan/hellaswag"
-Format = Literal["gpt2scratch", "gpt2", "gguf", "onnx"]
-
-PIPELINE = """```python
-from transformers import pipeline
-
-generator = pipeline("text-generation", model={name}{trust})
-print(generator({prompt}, max_new_tokens={new_tokens})[0]["generated_text"])
-```"""
-GGUF = """With transformers (`pip install transformers gguf`):
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
-
-sizes = {{"n_positions": {n_positions}, "n_inner": {n_inner}}}  # which transformers does not read from the file
-model = AutoModelForCausalLM.from_pretrained({name}, gguf_file="model.gguf", **sizes)
-tokenizer = AutoTokenizer.from_pretrained({name}, gguf_file="model.gguf")
-generator = pipeline("text-generation", model=model, tokenizer=tokenizer)
-print(generator({prompt}, max_new_tokens={new_tokens})[0]["generated_text"])
-```
-
-llama.cpp, and what is built on it, takes the file `model.gguf` as it is:
-
-```bash
-llama-completion -m model.gguf -p {shell_prompt} -n {new_tokens}
-```"""
-ONNX = """With ONNX Runtime (`pip install transformers onnxruntime`):
-
-```python
-from pathlib import Path
-
-import numpy as np
-import onnxruntime
-from huggingface_hub import snapshot_download
-from transformers import AutoConfig, AutoTokenizer
-
-name = {name}
-folder = name if Path(name).is_dir() else snapshot_download(name)
-config, tokenizer = AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-session = onnxruntime.InferenceSession(f"{{folder}}/onnx/model.onnx")
-names = [each.name for each in session.get_inputs() if each.name.startswith("past_key_values")]
-nothing = np.zeros((1, config.n_head, 0, config.n_embd // config.n_head), np.float32)
-past, text = dict.fromkeys(names, nothing), tokenizer({prompt})["input_ids"]
-new, longest = text, len(text) + {new_tokens}
-while len(text) < longest:
-    inputs = {{
-        "input_ids": np.array([new], np.int64),
-        "attention_mask": np.ones((1, len(text)), np.int64),
-        "position_ids": np.arange(len(text))[None, -len(new) :],
-    }}
-    logits, *present = session.run(None, inputs | past)
-    new = [int(logits[0, -1].argmax())]  # greedy
-    past, text = dict(zip(names, present)), text + new
-print(tokenizer.decode(text))
-```
-
-Files, inputs and outputs are named as transformers.js and optimum name them. What was read before comes out as
-`present.N.key` and `present.N.value`, (batch, heads, tokens, width of a head), and goes in as `past_key_values.N.key`
-and `past_key_values.N.value`."""
-REMOTE_CODE = """`trust_remote_code` runs the modeling code of this repository: read it first, and pin what you have
-read by `revision="..."`, a commit of this repository, of its code and its weights alike."""
-USAGE: dict[Format, str] = {
-    "gpt2scratch": PIPELINE.replace("{trust}", ", trust_remote_code=True") + "\n\n" + REMOTE_CODE,
-    "gpt2": PIPELINE.replace("{trust}", ""),
-    "gguf": GGUF,
-    "onnx": ONNX,
-}
-NAMES = {"gpt2": "a stock GPT-2", "gguf": "GGUF", "onnx": "ONNX"}
-LIBRARY: dict[Format, str] = {"gpt2scratch": "transformers", "gpt2": "transformers", "gguf": "gguf", "onnx": "onnx"}
 
 
 @dataclass(frozen=True)
@@ -177,7 +102,7 @@ def _metadata(record: RunRecord, title: str, base_model: str | None) -> ModelCar
     hub_names = [source["name"] for source in record.sources if "/" in source["name"]]
     return ModelCardData(
         license=record.license,
-        library_name=LIBRARY["gpt2scratch"],
+        library_name="transformers",
         pipeline_tag="text-generation",
         tags=["gpt2", "gpt2scratch"],
         datasets=list(dict.fromkeys(hub_names)) or None,
@@ -211,108 +136,9 @@ def _training(record: RunRecord, settings: dict) -> str:
     return table(("", "value"), rows)
 
 
-def usage(format: Format, name: str, prompt: str, config: PreTrainedConfig) -> str:
-    """
-    An example that works when it is pasted.
-
-    Args:
-        prompt: of at most half as many bytes, and so tokens, as the model has positions.
-    """
-    return USAGE[format].format(
-        name=_quoted(name),
-        prompt=_quoted(prompt),
-        shell_prompt=shlex.quote(prompt),
-        new_tokens=min(60, config.n_positions // 2),
-        n_positions=config.n_positions,
-        n_inner=config.n_inner,
-    )
-
-
-def example_prompt(prompts: list[str], config: PreTrainedConfig) -> str:
-    """The first that leaves room for an answer, and that every reader of a format can begin with."""
-    fitting = (prompt for prompt in prompts if 0 < len(prompt.encode()) <= config.n_positions // 2)
-    return next(fitting, "The")
-
-
-def converted_card(
-    text: str | None,
-    folder: Path,
-    format: Format,
-    config: PreTrainedConfig,
-    outtype: str = "f32",
-    license: str | None = None,
-) -> ModelCard:
-    """
-    The card of a model in another format, made of its own: with an example for that format. All else stays, what
-    people wrote there included.
-
-    Args:
-        text: of the model's card, None if it has none.
-        folder: where the converted model is.
-        outtype: the type of its matrices.
-        license: of the weights, None to leave it.
-    """
-    card = renamed_card(text, str(folder), license)
-    data: Any = card.data
-    data.library_name = LIBRARY[format]
-    data.pipeline_tag = "text-generation"
-    data.tags = list(dict.fromkeys([*(data.tags or ["gpt2"]), *([format] if format != "gpt2" else [])]))
-    prompt = re.search(rf"generator\(({STRING})", card.text)
-    prompts = [json.loads(prompt[1])] if prompt else []
-    converted = f"Converted to {NAMES[format]}, in {outtype}. The figures below were measured before that."
-    section = f"{USE}\n\n{converted}\n\n{usage(format, str(folder), example_prompt(prompts, config), config)}\n\n"
-    if USE_SECTION.search(card.text):
-        card.text = USE_SECTION.sub(lambda _: section, card.text)
-    else:
-        card.text = f"{card.text.rstrip()}\n\n{section}"
-    return card
-
-
-def renamed_card(text: str | None, name: str, license: str | None) -> ModelCard:
-    """
-    A card for a repository: its title and its examples have the repository's name, in place of the folder's.
-
-    Args:
-        text: of the card in the folder that is published, None if there is none.
-        name: of the repository: a Hub id, or a folder.
-        license: of the weights, None to leave it.
-
-    Raises:
-        UserError: if the metadata of the card is not valid.
-    """
-    title = title_of(name)
-    card = _read(text if text is not None else f"# {title}\n")
-    data: Any = card.data
-    if data.model_name:
-        heading = rf"^# {re.escape(data.model_name)}$"
-        card.text = re.sub(heading, lambda _: f"# {title}", card.text, count=1, flags=re.M)
-        data.model_name = title
-    if license:
-        card.text = card.text.replace(f"The weights: `{data.license}`.", f"The weights: `{license}`.")
-        data.license = license
-    use = USE_SECTION.search(card.text)
-    if old := re.search(rf"(?:model=|from_pretrained\(|^name = )({STRING})", use[0] if use else card.text, flags=re.M):
-        card.text = card.text.replace(old[1], _quoted(name))
-    return card
-
-
 def title_of(name: str) -> str:
     """The last part of a Hub id or a folder's path."""
     return (Path(name).resolve() if Path(name).is_dir() else Path(name)).name
-
-
-def _quoted(text: str) -> str:
-    """As a string in JSON, which Python reads as well."""
-    return json.dumps(text, ensure_ascii=False)
-
-
-def _read(text: str) -> ModelCard:
-    if not text.startswith("---"):  # no metadata: what the Hub needs to know at least
-        text = f"---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [gpt2]\n---\n\n{text}"
-    try:
-        return ModelCard(text)
-    except (ValueError, TypeError, YAMLError) as error:
-        raise UserError(f"{CARD} has metadata that is not valid: {one_line(error)}") from None
 
 
 def problems_of_license(license: str | None) -> list[str]:
@@ -349,31 +175,6 @@ def hellaswag_results(summary: dict, source: str, split: str | None) -> list[Eva
         )
         for metric, name in names.items()
     ]
-
-
-def update_model_card(name_or_path: str, results: list[EvalResult]) -> None:
-    """
-    Put results into the metadata of a model's card, README.md in its folder or on the Hub, in place of older ones of
-    the same metrics on the same data.
-
-    Raises:
-        UserError: if the card cannot be read, or written.
-    """
-    path = Path(name_or_path) / CARD
-    is_local = Path(name_or_path).is_dir()
-    try:
-        card = ModelCard.load(path if is_local else name_or_path)
-        card.data.model_name = card.data.model_name or Path(name_or_path).resolve().name
-        new = {(result.dataset_type, result.metric_name) for result in results}
-        old = card.data.eval_results or []
-        others = [result for result in old if (result.dataset_type, result.metric_name) not in new]
-        card.data.eval_results = others + results
-        if is_local:
-            write_text(path, str(card))
-        else:
-            card.push_to_hub(name_or_path, commit_message="HellaSwag")
-    except Exception as error:  # a refused token, no card, metadata that is not valid: of several libraries
-        raise UserError(f"--update_model_card: the card of {name_or_path}: {one_line(error)}") from None
 
 
 def duration(hours: float) -> str:

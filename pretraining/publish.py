@@ -12,10 +12,11 @@ from safetensors import SafetensorError, safe_open
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from pretraining.arguments import UserError, one_line
+from pretraining.card_edits import renamed_card
 from pretraining.checkpoint_folders import step_of
 from pretraining.files import INCOMPLETE
 from pretraining.hub import create_repository, hub_errors_as_user_errors
-from pretraining.model_card import CARD, renamed_card
+from pretraining.model_card import CARD
 from pretraining.position import Position
 
 WEIGHTS = "model.safetensors"

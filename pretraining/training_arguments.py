@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
-from pretraining.arguments import UserError, flag, problems_of_minimum
+from pretraining.arguments import UserError, flag, problems_of_range
 from pretraining.hub import problems_of_repository
 from pretraining.identity import CHANGEABLE
 from pretraining.mixture import Source, SourceOrder, parse_mixture
@@ -163,7 +163,7 @@ class TrainArguments(HubFlags, RunFlags, EvaluationFlags, OptimizationFlags, Mod
             found.append("--tokens_per_step works out --gradient_accumulation_steps: give one of them")
         if self.model_name_or_path and (self.config_name or self.config_overrides):
             found.append("--config_name and --config_overrides start from scratch: give them or --model_name_or_path")
-        found += problems_of_minimum(self, AT_LEAST_ONE.split(), 1)
+        found += problems_of_range(self, AT_LEAST_ONE.split(), 1)
         for name in NOT_NEGATIVE.split():
             if not 0 <= getattr(self, name) < math.inf:
                 found.append(f"--{name} must be a finite number of at least 0, got {getattr(self, name)}")
@@ -207,9 +207,7 @@ class TrainArguments(HubFlags, RunFlags, EvaluationFlags, OptimizationFlags, Mod
                 found += error.problems
         if self.streaming and not (self.tokenizer_name or self.model_name_or_path):
             found.append("--streaming needs a --tokenizer_name, such as openai-community/gpt2")
-        if not 1 <= self.validation_split_percentage <= 50:
-            found.append(f"--validation_split_percentage must be 1 to 50, got {self.validation_split_percentage}")
-        return found
+        return found + problems_of_range(self, ["validation_split_percentage"], 1, 50)
 
     def sources(self) -> list[Source]:
         """What to train on: the entries of --mixture, or the one source that the flags name."""

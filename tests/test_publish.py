@@ -29,8 +29,9 @@ import publish_model
 import train_accelerate
 from modeling_gpt2scratch import GPT2ScratchConfig
 from pretraining.arguments import run_script
+from pretraining.card_edits import converted_card, renamed_card
 from pretraining.checkpoint_folders import complete_checkpoints, verify
-from pretraining.model_card import RunRecord, converted_card, model_card, renamed_card
+from pretraining.model_card import RunRecord, model_card
 from pretraining.run_card import RunCard
 from pretraining.signals import STOPPED
 from pretraining.sources import open_packed
