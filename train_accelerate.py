@@ -30,21 +30,14 @@ from torch.optim import Optimizer
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from eval_hellaswag import (
-    EncodedItem,
-    encode_items,
-    load_hub_items,
-    load_items,
-    load_metric,
-    score_on_all_processes,
-    summarise,
-)
+from eval_hellaswag import load_metric, score_on_all_processes, summarise
 from pretraining import hardware, publish
 from pretraining.anomalies import FINE, NOT_FINITE, SPIKE, Anomalies
 from pretraining.arguments import ProcessError, UserError, parse_arguments, run_script
 from pretraining.checkpoint import CheckpointWriter, LoopState, full_weights, generator_states, load_checkpoint
 from pretraining.checkpoint_folders import BEST, best_checkpoint, checkpoint_folder, set_aside_later
 from pretraining.evaluation import encode_prompts, evaluate, write_samples
+from pretraining.hellaswag_items import EncodedItem, encode_items, load_hub_items, load_items
 from pretraining.hub import HubRefusal, create_repository
 from pretraining.identity import identity, is_same_data
 from pretraining.incidents import describe, sentence

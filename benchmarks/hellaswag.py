@@ -31,10 +31,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import side_by_side
-from eval_hellaswag import Protocol, can_be_trees, encode_items, load_hub_items, load_items, score_items
+from eval_hellaswag import can_be_trees, score_items
 from modeling_gpt2scratch import GPT2ScratchConfig, GPT2ScratchForCausalLM
 from pretraining import hardware
 from pretraining.arguments import UserError, flag, parse_arguments, run_script
+from pretraining.hellaswag_items import Protocol, encode_items, load_hub_items, load_items
 from pretraining.markdown import table
 from pretraining.model_card import HELLASWAG
 from pretraining.tokenizer import load_tokenizer

@@ -11,7 +11,8 @@ from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from eval_hellaswag import can_be_trees, encode_items, load_items, score_items, summarise
+from eval_hellaswag import can_be_trees, score_items, summarise
+from pretraining.hellaswag_items import encode_items, load_items
 from pretraining.tokenizer import train_tokenizer
 
 WINDOW = 96

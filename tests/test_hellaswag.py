@@ -19,9 +19,10 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import eval_hellaswag
-from eval_hellaswag import can_be_trees, encode_items, load_items, load_model, score_items
+from eval_hellaswag import can_be_trees, load_model, score_items
 from modeling_gpt2scratch import GPT2ScratchConfig, GPT2ScratchForCausalLM
 from pretraining.arguments import UserError
+from pretraining.hellaswag_items import encode_items, load_items
 from pretraining.tokenizer import train_tokenizer
 
 WINDOW = 96

@@ -22,8 +22,9 @@ from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM
 
 import train_accelerate
-from eval_hellaswag import encode_items, load_items, load_model, score_items, summarise
+from eval_hellaswag import load_model, score_items, summarise
 from pretraining.arguments import UserError
+from pretraining.hellaswag_items import encode_items, load_items
 from pretraining.launch import WORLD_SIZES, check_launch
 
 ACCELERATE = Path(sys.executable).with_name("accelerate")
