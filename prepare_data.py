@@ -228,7 +228,7 @@ def pack(
     Returns:
         `{"train": statistics, "validation": statistics}` for dataset.json.
     """
-    splits = {name: Split(name, tokenizer, folder, args) for name in ("train", "validation")}
+    splits = {name: SplitWriter(name, tokenizer, folder, args) for name in ("train", "validation")}
     with progress:
         for name, text, token_ids in encode_documents(documents, tokenizer, args.num_proc or usable_cores()):
             splits[name].add(text, token_ids)
@@ -253,7 +253,7 @@ class Progress:
     def __exit__(self, *exception: object) -> None:
         self.bar.close()
 
-    def update(self, splits: dict[str, "Split"], tokens: int) -> None:
+    def update(self, splits: dict[str, "SplitWriter"], tokens: int) -> None:
         if not self.bar.update(tokens):
             return  # nothing was drawn
         whole_and_part = [
@@ -265,7 +265,7 @@ class Progress:
         self.bar.total = int(min(totals)) if totals else None
 
 
-class Split:
+class SplitWriter:
     """One split while it is written: its rows, its counts, and for validation what gzip and xz make of its text."""
 
     def __init__(self, name: str, tokenizer: PreTrainedTokenizerBase, folder: Path, args: PrepareArguments):

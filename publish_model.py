@@ -31,12 +31,13 @@ from pretraining.convert import STOCK, write_gguf, write_onnx, write_stock
 from pretraining.files import folder_in_progress
 from pretraining.hub import create_repository, problems_of_repository
 from pretraining.model_card import CARD, problems_of_license, title_of
+from pretraining.run_files import PLOTS, TRAINING_ARGS
 
 PACKAGES = {"gguf": ("gguf",), "onnx": ("onnx", "onnxscript")}  # of the extras of these names
 # What a converted model's folder may hold, whole or not.
 CONVERTED = f"""config.json generation_config.json model.safetensors tokenizer.json tokenizer_config.json
     vocab.json merges.txt special_tokens_map.json added_tokens.json chat_template.jinja
-    model.gguf onnx plots {CARD} {STOCK}""".split()
+    model.gguf onnx {PLOTS} {CARD} {STOCK}""".split()
 
 
 @dataclass
@@ -98,7 +99,7 @@ def problems_of_model(folder: str | None, format: str | None) -> list[str]:
             [f"--model_name_or_path {folder} was converted already: --format wants the run folder"] if format else []
         )
     if "config.json" not in files or not any(name.endswith(".safetensors") for name in files):
-        is_run = (Path(folder) / "training_args.yaml").is_file()
+        is_run = (Path(folder) / TRAINING_ARGS).is_file()
         why = "the run goes on when its command is given again" if is_run else "config.json and model.safetensors"
         return [f"--model_name_or_path {folder} holds no finished model: {why}"]
     if not files & {"tokenizer.json", "vocab.json"}:
@@ -145,8 +146,8 @@ def convert(args: PublishArguments, folder: Path, output_dir: Path) -> None:
             card.save(part / CARD)
             for plot in publish.published(folder):
                 if plot.suffix == ".png":
-                    (part / "plots").mkdir(exist_ok=True)
-                    shutil.copyfile(plot, part / "plots" / plot.name)
+                    (part / PLOTS).mkdir(exist_ok=True)
+                    shutil.copyfile(plot, part / PLOTS / plot.name)
     except (OSError, SafetensorError) as error:
         raise UserError(f"--output_dir {output_dir} cannot be written: {one_line(error)}") from error
 

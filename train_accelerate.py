@@ -56,11 +56,12 @@ from pretraining.models import attention_on, build_model, check_fit, load_config
 from pretraining.optim import build_optimizers, learning_rate_factor, parameter_groups, set_learning_rate
 from pretraining.plots import plot_hellaswag, plot_loss
 from pretraining.position import Position
-from pretraining.published import comparable_losses
+from pretraining.reference_scores import comparable_losses
 from pretraining.run import Run
 from pretraining.run_card import RunCard
+from pretraining.run_files import EVENTS
 from pretraining.run_folder import open_run_folder, write_arguments
-from pretraining.runlog import EVENTS_FILE, RunLog, read_metrics, send_unsent
+from pretraining.runlog import RunLog, read_metrics, send_unsent
 from pretraining.signals import STOPPED, StopSignals, follow_launcher, kill_workers
 from pretraining.sources import Batches, TrainingData, open_packed
 from pretraining.split import Split, accumulation_steps
@@ -478,7 +479,7 @@ class Training:
             to_blame = suspects(result, self.model, self.optimizers, micro_batches, self.accelerator)
         event = describe(self.run.step, result, anomalies, to_blame, rows, self.data, self.split, self.args.seed)
         self.log.event(event)
-        self.log.write(f"warning: {sentence(event)}; more in {EVENTS_FILE}")
+        self.log.write(f"warning: {sentence(event)}; more in {EVENTS}")
         if anomalies.in_a_row >= self.args.max_nonfinite_steps:
             self.give_up(event)
 

@@ -31,9 +31,9 @@ from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_gpt2scratch import GPT2ScratchConfig
+from .document_mask import causal_mask_of_packed_documents
 from .linear_cross_entropy import causal_lm_loss
 from .one_dnn import OneDnnLinear
-from .packing import causal_mask_of_packed_documents
 
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 AUTO_MAP = {

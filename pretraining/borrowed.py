@@ -46,43 +46,17 @@ def open_borrowed_folder(folder: Path, tokenizer: PreTrainedTokenizerBase, block
     sizes = bytes_of_tokens(tokenizer)
     if sizes is None:
         raise UserError(f"{folder} holds token files, which need a byte-level BPE such as GPT-2's as --tokenizer_name")
-    problems: list[str] = []
     paths = token_files(folder)
-    files: dict[str, list[TokenRows]] = {"train": [], "validation": []}
-    for split, opened in files.items():
-        for path in paths[split]:
-            try:
-                opened.append(_open_token_file(path, block_size))
-            except UserError as error:
-                problems += error.problems
-        if not paths[split]:
-            word = {"train": "train", "validation": "val"}[split]
-            problems.append(f"{folder} has no .npy or .bin file with '{word}' in its name")
-    if problems:
-        raise UserError(*problems)
+    files = _open_token_files(folder, paths, block_size)
     splits = {
         split: PackedDataset(opened, {"documents": None, "tokens": sum(map(len, opened)) * block_size, "bytes": None})
         for split, opened in files.items()
     }
 
     def check() -> list[str]:
-        problems = []
-        for split, dataset in splits.items():
-            documents = size = 0
-            for path, rows in zip(paths[split], dataset.files, strict=True):
-                for start in range(0, len(rows), ROWS_PER_READ):
-                    ids = rows.batches[start : start + ROWS_PER_READ]
-                    largest = int(ids.max())
-                    if largest >= len(tokenizer):
-                        problems.append(
-                            f"{path} has the token id {largest}, where the tokenizer {tokenizer.name_or_path} has ids "
-                            f"up to {len(tokenizer) - 1}: it was made with another one"
-                        )
-                        break
-                    documents += int((ids == tokenizer.eos_token_id).sum())
-                    size += int(sizes[ids].sum())
-            dataset.statistics |= {"documents": documents, "bytes": size}
-        return problems
+        return [
+            problem for split, dataset in splits.items() for problem in _count(dataset, paths[split], tokenizer, sizes)
+        ]
 
     listing = "".join(f"{path.name} {path.stat().st_size} {block_size}\n" for path in paths["train"])
     digest = hashlib.sha256(listing.encode()).hexdigest()
@@ -95,6 +69,49 @@ def open_borrowed_folder(folder: Path, tokenizer: PreTrainedTokenizerBase, block
         train=splits["train"],
         validation=splits["validation"],
     )
+
+
+def _open_token_files(folder: Path, paths: dict[str, list[Path]], block_size: int) -> dict[str, list[TokenRows]]:
+    files: dict[str, list[TokenRows]] = {"train": [], "validation": []}
+    problems: list[str] = []
+    for split, opened in files.items():
+        for path in paths[split]:
+            try:
+                opened.append(_open_token_file(path, block_size))
+            except UserError as error:
+                problems += error.problems
+        if not paths[split]:
+            word = {"train": "train", "validation": "val"}[split]
+            problems.append(f"{folder} has no .npy or .bin file with '{word}' in its name")
+    if problems:
+        raise UserError(*problems)
+    return files
+
+
+def _count(
+    dataset: PackedDataset, paths: list[Path], tokenizer: PreTrainedTokenizerBase, sizes: np.ndarray
+) -> list[str]:
+    """
+    Read all of a split, and complete its statistics. Returns what is wrong with its ids.
+
+    Args:
+        sizes: bytes of text by token id.
+    """
+    problems, documents, size = [], 0, 0
+    for path, rows in zip(paths, dataset.files, strict=True):
+        for start in range(0, len(rows), ROWS_PER_READ):
+            ids = rows.batches[start : start + ROWS_PER_READ]
+            largest = int(ids.max())
+            if largest >= len(tokenizer):
+                problems.append(
+                    f"{path} has the token id {largest}, where the tokenizer {tokenizer.name_or_path} has ids up to "
+                    f"{len(tokenizer) - 1}: it was made with another one"
+                )
+                break
+            documents += int((ids == tokenizer.eos_token_id).sum())
+            size += int(sizes[ids].sum())
+    dataset.statistics |= {"documents": documents, "bytes": size}
+    return problems
 
 
 def _open_token_file(path: Path, block_size: int) -> TokenRows:

@@ -40,7 +40,7 @@ from pretraining.files import INCOMPLETE
 from pretraining.launch import on_main_process
 from pretraining.position import Position
 
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+FULL_STATE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 # What is raised by reading a file that is of another kind than it should be.
 OF_ANOTHER_KIND = (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError, pickle.UnpicklingError)
 
@@ -64,7 +64,7 @@ def full_weights(accelerator: Accelerator, model: nn.Module) -> dict[str, Any]:
     The model's weights under their own names, in fp32 and whole: on the first process, and nothing on the others.
     All have to ask, as each may hold a part. Tied weights are there once.
     """
-    weights = get_model_state_dict(model, options=WHOLE)
+    weights = get_model_state_dict(model, options=FULL_STATE)
     for alias in _aliases(accelerator, model):
         weights.pop(alias, None)
     return weights
@@ -118,7 +118,7 @@ class CheckpointWriter:
         weights = full_weights(self.accelerator, self.model)
         optimizers = _unwrapped(self.optimizers)
         optimizer_state: dict[str, Any] = {
-            "optimizers": get_optimizer_state_dict(self.model, optimizers, options=WHOLE)
+            "optimizers": get_optimizer_state_dict(self.model, optimizers, options=FULL_STATE)
         }
         if self.accelerator.scaler is not None:
             optimizer_state["scaler"] = self.accelerator.scaler.state_dict()

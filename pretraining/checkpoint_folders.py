@@ -19,6 +19,7 @@ from pathlib import Path
 from pretraining.arguments import UserError
 from pretraining.files import INCOMPLETE, sha256_of, sync, write_text
 from pretraining.position import POSITION_FILE
+from pretraining.run_files import EVENTS, IDENTITY, METRICS, TRAINING_ARGS, UNSENT
 from pretraining.runlog import read_metrics
 
 MANIFEST = "manifest.json"
@@ -27,8 +28,9 @@ FILES = ("config.json", "model.safetensors", "optimizer.pt", "rng.pt", POSITION_
 BEST = "best-checkpoint"
 ABANDONED = "abandoned-"
 DELETED = "deleted-"
-# What else has a name with INCOMPLETE while it is made.
-OURS = (BEST, "final", "hub", "training_args.yaml", "metrics.jsonl", "events.jsonl", "unsent.json")
+# What else has a name with INCOMPLETE while it is made:
+FINAL, HUB = "final", "hub"  # the last model, and a checkpoint on its way to the Hub
+UNFINISHED = (BEST, FINAL, HUB, TRAINING_ARGS, IDENTITY, METRICS, EVENTS, UNSENT)
 
 
 def checkpoint_folder(output_dir: Path, step: int) -> Path:
@@ -141,7 +143,7 @@ def remove_litter(output_dir: Path) -> list[Path]:
         is_folder = path.is_dir() and not path.is_symlink()
         if is_folder and step_of(Path(name)) is not None:
             unfinished.append(path)
-        if name in OURS or (is_folder and step_of(Path(name.removeprefix(DELETED))) is not None):
+        if name in UNFINISHED or (is_folder and step_of(Path(name.removeprefix(DELETED))) is not None):
             shutil.rmtree(path) if is_folder else path.unlink()
     return sorted(unfinished)
 

@@ -8,12 +8,16 @@ import logging
 import shutil
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from transformers import DynamicCache, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from pretraining.arguments import UserError
+
+if TYPE_CHECKING:
+    import gguf
 
 # onnx's file format, protobuf, holds 2 GB; of larger models the weights go into a file of their own, model.onnx_data.
 ONNX_LIMIT = 2_000_000_000
@@ -27,9 +31,26 @@ def write_stock(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fold
 
 
 def write_onnx(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """onnx/model.onnx (see `_onnx_program`), beside the files that transformers.js and optimum read with it."""
+    import onnx_ir
+    from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+
+    stock = to_stock(model, folder)
+    program = _onnx_program(stock)
+    ClearMetadataAndDocStringPass()(program.model)  # where in this machine's files each operation comes from
+    is_large = sum(parameter.nbytes for parameter in stock.parameters()) > ONNX_LIMIT
+    onnx_file = folder / "onnx" / "model.onnx"
+    onnx_file.parent.mkdir(parents=True)
+    onnx_ir.save(program.model, onnx_file, external_data="model.onnx_data" if is_large else None)
+    stock.config.save_pretrained(folder)
+    stock.generation_config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _onnx_program(stock: GPT2LMHeadModel) -> torch.onnx.ONNXProgram:
     """
-    onnx/model.onnx, beside the files that transformers.js and optimum read with it. In names and shapes it is as they
-    have it: one graph that reads a prompt and goes on from what it has read.
+    One graph that reads a prompt and goes on from what it has read, in names and shapes as transformers.js and optimum
+    have it:
 
     | input or output                                    | shape                                |
     |----------------------------------------------------|--------------------------------------|
@@ -39,10 +60,6 @@ def write_onnx(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     | `logits`                                           | (batch, tokens, vocabulary)          |
     | `present.N.key`, `present.N.value`                 | (batch, heads, past + tokens, width) |
     """
-    import onnx_ir
-    from onnx_ir.passes.common import ClearMetadataAndDocStringPass
-
-    stock = to_stock(model, folder)
     config = stock.config
     heads, width, layers = config.n_head, config.n_embd // config.n_head, range(config.n_layer)
     # Sizes that differ from each other and from 0 and 1, which a trace would take for fixed.
@@ -50,33 +67,26 @@ def write_onnx(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     cache = [(torch.zeros(batch, heads, past, width), torch.zeros(batch, heads, past, width)) for _ in layers]
     ids = torch.zeros(batch, tokens, dtype=torch.long)
     positions = torch.arange(past, past + tokens).repeat(batch, 1)
-    example = (ids, torch.ones(batch, past + tokens, dtype=torch.long), positions, cache)
     rows, states = {0: "batch_size", 1: "sequence_length"}, {0: "batch_size", 2: "past_sequence_length"}
     attended = {0: "batch_size", 1: "total_sequence_length"}
-    parts = ("key", "value")
-    onnx_file = folder / "onnx" / "model.onnx"
-    onnx_file.parent.mkdir(parents=True)
+    parts = [f"{layer}.{part}" for layer in layers for part in ("key", "value")]
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # its warnings are of what is not used here
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        program = torch.onnx.export(
+        return torch.onnx.export(
             _WithCache(stock),
-            example,
+            (ids, torch.ones(batch, past + tokens, dtype=torch.long), positions, cache),
             dynamo=True,
             dynamic_shapes=(rows, attended, rows, [(states, states) for _ in layers]),
             input_names=[
-                *("input_ids", "attention_mask", "position_ids"),
-                *(f"past_key_values.{layer}.{part}" for layer in layers for part in parts),
+                "input_ids",
+                "attention_mask",
+                "position_ids",
+                *(f"past_key_values.{part}" for part in parts),
             ],
-            output_names=["logits", *(f"present.{layer}.{part}" for layer in layers for part in parts)],
+            output_names=["logits", *(f"present.{part}" for part in parts)],
             verbose=False,
         )
-    ClearMetadataAndDocStringPass()(program.model)  # where in this machine's files each operation comes from
-    is_large = sum(parameter.nbytes for parameter in stock.parameters()) > ONNX_LIMIT
-    onnx_ir.save(program.model, onnx_file, external_data="model.onnx_data" if is_large else None)
-    config.save_pretrained(folder)
-    stock.generation_config.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
 
 
 class _WithCache(nn.Module):
@@ -136,10 +146,20 @@ def write_gguf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     writer.add_eos_token_id(tokenizer.eos_token_id)
     writer.add_add_bos_token(False)
 
-    quantized = getattr(gguf.GGMLQuantizationType, outtype.upper())
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, config.n_layer)
+    _add_tensors(writer, stock, getattr(gguf.GGMLQuantizationType, outtype.upper()))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _add_tensors(writer: "gguf.GGUFWriter", stock: GPT2LMHeadModel, quantized: "gguf.GGMLQuantizationType") -> None:
+    """The weights under llama.cpp's names, matrices as `quantized` where their rows are whole blocks of it."""
+    import gguf
+
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, stock.config.n_layer)
     for name, weight in stock.state_dict().items():
-        if name == "lm_head.weight" and config.tie_word_embeddings:
+        if name == "lm_head.weight" and stock.config.tie_word_embeddings:
             continue
         if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
             weight = weight.T  # stock linear layers hold them as (in, out)
@@ -149,10 +169,6 @@ def write_gguf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
         kind = quantized if is_matrix and fits else gguf.GGMLQuantizationType.F32
         new_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
         writer.add_tensor(new_name, gguf.quants.quantize(array, kind), raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 def to_stock(model: PreTrainedModel, folder: Path) -> GPT2LMHeadModel:

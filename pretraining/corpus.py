@@ -135,7 +135,7 @@ class Corpus:
                 return
             except Exception as error:  # of a dozen kinds: JSON, Arrow, Parquet, encodings, the network
                 name = self.description["name"]
-                if not (waits and _is_passing(error)):
+                if not (waits and _is_transient(error)):
                     raise UserError(f"{name} cannot be read: {one_line(error)}") from error
                 logger.warning(f"{name}: {one_line(error)}; trying again in {waits[0]} s, {len(waits)} tries left")
                 time.sleep(waits.pop(0))
@@ -341,7 +341,7 @@ def _text_as_bytes(documents: IterableDataset, text_column: str) -> IterableData
     return documents.cast_column(text_column, Value("binary")) if is_text else documents
 
 
-def _is_passing(error: BaseException | None) -> bool:
+def _is_transient(error: BaseException | None) -> bool:
     """Whether a fault is the network's or the Hub's, and may be over soon."""
     if error is None:
         return False
@@ -349,7 +349,7 @@ def _is_passing(error: BaseException | None) -> bool:
         status = getattr(error.response, "status_code", 0)
         return status in (408, 429) or status >= 500
     of_a_client = type(error).__module__.split(".")[0] in ("httpx", "httpx2", "aiohttp")
-    return of_a_client or isinstance(error, ConnectionError | TimeoutError) or _is_passing(error.__cause__)
+    return of_a_client or isinstance(error, ConnectionError | TimeoutError) or _is_transient(error.__cause__)
 
 
 def _rows_of_parquet(path: Path) -> int:

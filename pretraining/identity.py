@@ -7,8 +7,8 @@ from transformers import PreTrainedConfig
 CHANGEABLE = """learning_rate lr_scheduler_type warmup_steps max_steps weight_decay max_grad_norm skip_loss_spikes
     resid_pdrop embd_pdrop attn_pdrop attn_implementation mixed_precision data""".split()
 # Entries of the config that decide what the model computes.
-CONFIG = """vocab_size n_positions n_embd n_layer n_head n_inner activation_function resid_pdrop embd_pdrop attn_pdrop
-    layer_norm_epsilon qkv_bias tie_word_embeddings""".split()
+ARCHITECTURE = """vocab_size n_positions n_embd n_layer n_head n_inner activation_function resid_pdrop embd_pdrop
+    attn_pdrop layer_norm_epsilon qkv_bias tie_word_embeddings""".split()
 
 
 def identity(
@@ -25,7 +25,7 @@ def identity(
     """
     return {
         "settings": settings,
-        "config": {name: getattr(config, name) for name in CONFIG},
+        "config": {name: getattr(config, name) for name in ARCHITECTURE},
         "tokenizer": tokenizer,
         "data": data,
         "binding": binding,

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pretraining.files import INCOMPLETE
-from pretraining.published import HELLASWAG_ACC_NORM
+from pretraining.reference_scores import HELLASWAG_ACC_NORM
+from pretraining.run_files import PLOTS
 from pretraining.runlog import read_metrics
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def plot_loss(output_dir: Path, reference_losses: dict[str, float]) -> None:
     margin = 0.03 * (highest - min(settled)) + 0.02
     axes.set_ylim(min([*settled, *references.values()]) - margin, highest + margin)
     _reference_lines(axes, references)
-    _save(figure, axes, output_dir / "plots" / "loss.png")
+    _save(figure, axes, output_dir / PLOTS / "loss.png")
 
 
 def plot_hellaswag(output_dir: Path) -> None:
@@ -54,7 +55,7 @@ def plot_hellaswag(output_dir: Path) -> None:
         axes.plot(tokens, values, color=color, marker="o", markersize=4, label=label)
     _reference_lines(axes, {"chance": 25.0} | HELLASWAG_ACC_NORM)
     axes.set_ylabel(f"HellaSwag, % of {lines[-1]['hellaswag_n']:,} items")
-    _save(figure, axes, output_dir / "plots" / "hellaswag.png")
+    _save(figure, axes, output_dir / PLOTS / "hellaswag.png")
 
 
 def _new_figure() -> "tuple[Figure, Axes]":

@@ -10,23 +10,24 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
 from safetensors import SafetensorError, safe_open
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.dynamic_module_utils import get_relative_import_files
 
 from pretraining.arguments import UserError, one_line
 from pretraining.card_edits import renamed_card
-from pretraining.checkpoint_folders import step_of
+from pretraining.checkpoint_folders import FINAL, HUB, step_of
 from pretraining.files import INCOMPLETE
 from pretraining.hub import create_repository, hub_errors_as_user_errors
 from pretraining.model_card import CARD
 from pretraining.position import Position
+from pretraining.run_files import PLOTS
 
 WEIGHTS = "model.safetensors"
-# Of the folder of a run, a checkpoint or an exported model, beside the card. No optimizer's state, log, or tracker's
-# file, and nothing else that happens to lie there.
+CODE = "modeling_gpt2scratch.py"
+# Of the folder of a run, a checkpoint or an exported model, beside its code and card. No optimizer's state, log, or
+# tracker's file, and nothing else that happens to lie there.
 PUBLISHED = """config.json generation_config.json model.safetensors model-*-of-*.safetensors
-    model.safetensors.index.json modeling_gpt2scratch.py configuration_gpt2scratch.py packing.py
-    linear_cross_entropy.py one_dnn.py tokenizer.json tokenizer_config.json vocab.json merges.txt
-    special_tokens_map.json added_tokens.json chat_template.jinja plots/*.png model.gguf onnx/model.onnx
-    onnx/model.onnx_data""".split()
+    model.safetensors.index.json tokenizer.json tokenizer_config.json vocab.json merges.txt special_tokens_map.json
+    added_tokens.json chat_template.jinja plots/*.png model.gguf onnx/model.onnx onnx/model.onnx_data""".split()
 
 
 def is_finished(output_dir: Path) -> bool:
@@ -42,7 +43,7 @@ def export(
     Args:
         state_dict: the full weights, gathered from all processes.
     """
-    folder = output_dir / f"final{INCOMPLETE}"
+    folder = output_dir / (FINAL + INCOMPLETE)
     shutil.rmtree(folder, ignore_errors=True)
     model.save_pretrained(folder, state_dict=state_dict)
     write_companions(tokenizer, model.config.n_positions, card, folder)
@@ -90,7 +91,24 @@ def push(folder: Path, repo_id: str, private: bool, message: str, license: str |
 
 
 def published(folder: Path) -> list[Path]:
-    return sorted({path for pattern in PUBLISHED for path in folder.glob(pattern) if path.is_file()})
+    """
+    What of a folder is published, but for the card.
+
+    Raises:
+        UserError: if a file of the model's code imports one that is not there.
+    """
+    files = {path for pattern in PUBLISHED for path in folder.glob(pattern) if path.is_file()}
+    return sorted(files | _code(folder))
+
+
+def _code(folder: Path) -> set[Path]:
+    """The model's code, whatever version of it wrote the folder: what transformers fetches when it loads it."""
+    if not (folder / CODE).is_file():
+        return set()
+    try:
+        return {folder / CODE, *map(Path, get_relative_import_files(folder / CODE))}
+    except OSError as error:
+        raise UserError(f"{folder} has not all of the model's code: {one_line(error)}") from None
 
 
 def read_card(folder: Path) -> str | None:
@@ -142,16 +160,16 @@ class CheckpointPublisher:
         """Begin to publish a checkpoint that was just written; other threads may delete it from then on."""
         if self._thread is not None and self._thread.is_alive():
             return
-        staged = self.output_dir / f"hub{INCOMPLETE}"
+        staged = self.output_dir / (HUB + INCOMPLETE)
         try:
             shutil.rmtree(staged, ignore_errors=True)
             staged.mkdir()
             for path in published(checkpoint):
                 _keep(path, staged / path.name)
             self.complete(staged, position)
-            (staged / "plots").mkdir()
-            for path in self.output_dir.glob("plots/*.png"):
-                shutil.copyfile(path, staged / "plots" / path.name)
+            (staged / PLOTS).mkdir()
+            for path in (self.output_dir / PLOTS).glob("*.png"):
+                shutil.copyfile(path, staged / PLOTS / path.name)
         except Exception as error:  # whatever it is, the checkpoint is there, and training goes on
             self.say(f"warning: {checkpoint} is not published: {one_line(error)}")
             return

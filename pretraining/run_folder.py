@@ -17,10 +17,9 @@ from pretraining.files import INCOMPLETE, locked, write_text
 from pretraining.identity import differences
 from pretraining.launch import on_main_process
 from pretraining.position import Position
+from pretraining.run_files import IDENTITY, TRAINING_ARGS
 from pretraining.training_arguments import TrainArguments
 
-TRAINING_ARGS = "training_args.yaml"
-IDENTITY = "identity.json"
 DEFAULTS = TrainArguments().settings()
 
 

@@ -17,10 +17,8 @@ from pretraining.arguments import ProcessError, one_line
 from pretraining.files import write_text
 from pretraining.incidents import finite
 from pretraining.run import Run
+from pretraining.run_files import EVENTS, METRICS, UNSENT
 
-METRICS_FILE = "metrics.jsonl"
-EVENTS_FILE = "events.jsonl"  # what went wrong on the way
-UNSENT_FILE = "unsent.json"  # by tracker, the last step that it got, where it did not get all
 CLOCK = ("step", "tokens", "elapsed_seconds")  # of every line
 PROJECT = "gpt2scratch"
 # What a run that was cut short had sent after its checkpoint, tensorboard drops; the others keep both.
@@ -58,7 +56,7 @@ class RunLog:
         self.trackers: dict[str, GeneralTracker] = {}
         self.unsent: dict[str, int] = {}
         if self.is_main:
-            for name in (METRICS_FILE, EVENTS_FILE):
+            for name in (METRICS, EVENTS):
                 _truncate(output_dir / name, first_step, is_due)
             self.unsent = _read_unsent(output_dir)
             # They take numbers, words and booleans, not lists or None.
@@ -81,7 +79,7 @@ class RunLog:
         for name, step in self.unsent.items():
             told = f"after step {step}" if step else "of this run"
             print(
-                f"{name} has nothing {told}: the same command, when it can be reached, sends it from {METRICS_FILE}",
+                f"{name} has nothing {told}: the same command, when it can be reached, sends it from {METRICS}",
                 file=sys.stderr,
             )
 
@@ -90,7 +88,7 @@ class RunLog:
         if not self.is_main:
             return
         clock = dict(zip(CLOCK, (run.step, run.tokens, round(run.elapsed_seconds, 3)), strict=True))
-        self._append(METRICS_FILE, clock | {key: finite(value) for key, value in values.items()})
+        self._append(METRICS, clock | {key: finite(value) for key, value in values.items()})
         for name, tracker in list(self.trackers.items()):
             if not self.attempt(name, partial(tracker.log, values, step=run.step)):
                 self._note_unsent(name, run.step - 1)
@@ -98,7 +96,7 @@ class RunLog:
     def event(self, event: dict) -> None:
         """Append a line to events.jsonl."""
         if self.is_main:
-            self._append(EVENTS_FILE, event)
+            self._append(EVENTS, event)
 
     def _append(self, name: str, values: dict) -> None:
         try:
@@ -162,7 +160,7 @@ def send_unsent(
 
 def read_metrics(output_dir: Path) -> list[dict]:
     """The lines of metrics.jsonl, but for a last one that is just being written."""
-    path = output_dir / METRICS_FILE
+    path = output_dir / METRICS
     if not path.is_file():
         return []
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
@@ -170,15 +168,15 @@ def read_metrics(output_dir: Path) -> list[dict]:
 
 
 def _read_unsent(output_dir: Path) -> dict[str, int]:
-    path = output_dir / UNSENT_FILE
+    path = output_dir / UNSENT
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def _write_unsent(output_dir: Path, unsent: dict[str, int]) -> None:
     if unsent:
-        write_text(output_dir / UNSENT_FILE, json.dumps(unsent) + "\n")
+        write_text(output_dir / UNSENT, json.dumps(unsent) + "\n")
     else:
-        (output_dir / UNSENT_FILE).unlink(missing_ok=True)
+        (output_dir / UNSENT).unlink(missing_ok=True)
 
 
 def _truncate(path: Path, last_step: int, is_due: bool) -> None:

@@ -25,7 +25,7 @@ from pretraining.shards import read_data_folder
 from pretraining.split import Split
 from pretraining.tokenizer import load_tokenizer, tokenizer_fingerprint
 
-BLOCK_SIZE = 1024  # where neither the data nor a flag says: GPT-2's
+DEFAULT_BLOCK_SIZE = 1024  # where neither the data nor a flag says: GPT-2's
 
 
 class Batches(Protocol):
@@ -137,7 +137,7 @@ def open_packed(
         tokenizer=tokenizer,
         block_size=block_size,
         validation=concatenate([folder.validation for folder in folders]),
-        sources=named(
+        sources=with_shares(
             [{"name": each.name, "config": each.config, "revision": each.revision} for each in folders], weights
         ),
         fingerprint=identity,
@@ -159,7 +159,7 @@ def _open_folders(
     if own is None and not tokenizer_name:
         raise UserError(f"{paths[0]} holds token files without a tokenizer: --tokenizer_name openai-community/gpt2 ?")
     if block_size is None:
-        block_size = BLOCK_SIZE if own is None else read_data_folder(own)["block_size"]
+        block_size = DEFAULT_BLOCK_SIZE if own is None else read_data_folder(own)["block_size"]
     tokenizer = load_tokenizer(tokenizer_name or own / "tokenizer")
     fingerprint = tokenizer_fingerprint(tokenizer)
     folders, problems = [], []
@@ -221,7 +221,7 @@ def _check_once_a_machine(folders: list[DataFolder], state: PartialState) -> Non
         folder.train.statistics, folder.validation.statistics = train, validation
 
 
-def named(descriptions: list[dict], weights: list[float]) -> list[dict]:
+def with_shares(descriptions: list[dict], weights: list[float]) -> list[dict]:
     """Descriptions of sources with the share of the rows that each gets."""
     shares = [weight / sum(weights) for weight in weights]
     return [{**description, "share": share} for description, share in zip(descriptions, shares, strict=True)]

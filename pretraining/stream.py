@@ -159,10 +159,10 @@ class PackedStream(IterableDataset):
             RowStream(corpus, self.tokenizer, self.block_size, held_out, share, self.seed, at)
             for corpus, held_out, at in zip(self.corpora, self.held_out, position["sources"], strict=True)
         ]
-        schedule = SourceOrder(self.weights, [self.seed, share[0]])
+        order = SourceOrder(self.weights, [self.seed, share[0]])
         first = position["rows"]
         while True:
-            sources, _ = schedule.locate(np.arange(first, first + self.batch_size))
+            sources, _ = order.locate(np.arange(first, first + self.batch_size))
             rows = np.stack([next(streams[source]) for source in sources])
             first += self.batch_size
             position = {"rows": first, "sources": [stream.position() for stream in streams]}

@@ -11,7 +11,7 @@ from pretraining.data import PackedDataset
 from pretraining.encoding import Encoder
 from pretraining.mixture import Source
 from pretraining.shards import TokenRows
-from pretraining.sources import BLOCK_SIZE, Batches, TrainingData, digest, named
+from pretraining.sources import DEFAULT_BLOCK_SIZE, Batches, TrainingData, digest, with_shares
 from pretraining.split import Split
 from pretraining.stream import PackedStream, StreamBatches
 from pretraining.tokenizer import load_tokenizer, tokenizer_fingerprint
@@ -52,7 +52,7 @@ def open_streams(
         UserError: if one of them cannot be read, or there is no text for validation.
     """
     tokenizer = load_tokenizer(tokenizer_name)
-    block_size = block_size or BLOCK_SIZE
+    block_size = block_size or DEFAULT_BLOCK_SIZE
     opened = [open_texts(source) for source in sources]
     corpora = [corpus for corpus, _ in opened]
     validation = [apart or corpus for corpus, apart in opened]
@@ -64,7 +64,7 @@ def open_streams(
         tokenizer=tokenizer,
         block_size=block_size,
         validation=validation_rows(validation, held_out, tokenizer, block_size),
-        sources=named(descriptions, weights),
+        sources=with_shares(descriptions, weights),
         fingerprint=digest([*identity, tokenizer_fingerprint(tokenizer)]),
         stream={"corpora": corpora, "weights": weights, "held_out": held_out},
     )

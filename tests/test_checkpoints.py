@@ -271,6 +271,9 @@ def test_rotation_keeps_the_best_and_the_latest_and_leaves_foreign_folders_alone
     (output_dir / "checkpoint-000001").symlink_to(elsewhere / "checkpoint-000001")
     (output_dir / "training_args.yaml").write_text("{}\n")
     foreign = {path for path in output_dir.rglob("*") if path.name != "training_args.yaml"}
+    litter = [output_dir / f"{name}.incomplete" for name in ("identity.json", "metrics.jsonl")]
+    for path in litter:  # as a kill leaves them
+        path.write_text("{")
     # The rate grows until it does harm, so that the best is neither the first nor the last.
     more = ("--max_steps", 90, "--save_steps", 10, "--eval_steps", 10, "--save_total_limit", 2)
     more += ("--learning_rate", 1.0, "--warmup_steps", 90, "--config_overrides", TINY)
@@ -282,6 +285,7 @@ def test_rotation_keeps_the_best_and_the_latest_and_leaves_foreign_folders_alone
     assert kept == {f"checkpoint-{best:06d}", "checkpoint-000070", "checkpoint-000080"}
     assert os.readlink(output_dir / "best-checkpoint") == f"checkpoint-{best:06d}"
     assert all(path.exists() for path in foreign), result.stdout
+    assert not any(path.exists() for path in litter)
     assert (elsewhere / "checkpoint-000001/notes.txt").read_text() == "elsewhere"
 
 

@@ -6,6 +6,7 @@ import math
 import os
 import re
 import resource
+import shutil
 import signal
 import sys
 import time
@@ -40,7 +41,7 @@ from pretraining.training_arguments import TrainArguments
 CODE = {
     "modeling_gpt2scratch.py",
     "configuration_gpt2scratch.py",
-    "packing.py",
+    "document_mask.py",
     "linear_cross_entropy.py",
     "one_dnn.py",
 }
@@ -380,7 +381,7 @@ def test_the_card_of_a_checkpoint_knows_nothing_of_what_came_after_it(run_dir, d
     data = open_packed(arguments.sources(), None, None, accelerator.state)
     config = AutoConfig.from_pretrained(run_dir)
     card = RunCard(arguments, accelerator, data, config, parameters=1, tokens_per_step=128, repo_id=None)
-    text = card.at({"step": 60, "elapsed_seconds": 1.0}).text
+    text = card.at(60, 1.0).text
     (loss,) = (line["eval_loss"] for line in metrics(run_dir) if line["step"] == 60 and "eval_loss" in line)
     assert f"| loss, nats per token | {loss:.4f} |" in text and ", after step" not in text
     assert "So far 60 of 120 steps." in text and "| tokens seen | 7,680 (" in text
@@ -598,6 +599,27 @@ def assert_same_logits(forward, run_dir: Path, tolerance: float = 1e-5) -> None:
     expected = AutoModelForCausalLM.from_pretrained(run_dir)(ids).logits
     assert expected.std() > 1  # not a comparison of zeros
     torch.testing.assert_close(forward(ids), expected, rtol=0, atol=tolerance)
+
+
+def test_the_code_that_is_published_is_what_the_model_imports_whatever_version_wrote_it(
+    run_dir, tmp_path, use_hub, publish
+):
+    folder = tmp_path / "older"
+    shutil.copytree(run_dir, folder, ignore=shutil.ignore_patterns("checkpoint-*", "best-checkpoint"))
+    (folder / "document_mask.py").rename(folder / "packing.py")
+    model_code = folder / "modeling_gpt2scratch.py"
+    model_code.write_text(model_code.read_text().replace("from .document_mask import", "from .packing import"))
+    (folder / "secrets.py").write_text("# somebody's own\n")
+    command = ("--model_name_or_path", folder, "--push_to_hub", "--hub_model_id", "us/older")
+    with Hub(token=TOKEN) as hub:
+        use_hub(hub)
+        assert publish(*command)[0] == 0
+        sent = {name for name in hub.files("us/older", "model") if name.endswith(".py")}
+        assert sent == CODE - {"document_mask.py"} | {"packing.py"}
+        (folder / "packing.py").unlink()
+        status, _, errors = publish(*command)
+    assert status == 2 and errors.count("\n") == 1
+    assert f"{folder} has not all of the model's code: " in errors and "packing.py" in errors
 
 
 def test_a_card_without_records_and_one_that_people_wrote_in(run_dir, tmp_path, use_hub, publish):
