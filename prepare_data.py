@@ -23,9 +23,10 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from pretraining.arguments import UserError, flag, parse_arguments, problems_of_range, run_script
-from pretraining.corpus import Corpus, embedded_corpus, open_texts, split_documents
+from pretraining.corpus import Corpus, embedded_corpus, open_texts
 from pretraining.encoding import encode_documents
 from pretraining.files import folder_in_progress, usable_cores
+from pretraining.held_out import split_documents
 from pretraining.mixture import Source
 from pretraining.publish_data import push_dataset
 from pretraining.shards import FORMAT_VERSION, ShardWriter, read_data_folder

@@ -32,8 +32,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import side_by_side
 from pretraining.arguments import flag, parse_arguments, run_script
+from pretraining.byte_level_bpe import tiktoken_parts
 from pretraining.corpus import embedded_corpus, local_corpus
-from pretraining.encoding import byte_level_bpe
 from pretraining.markdown import table
 from pretraining.tokenizer import load_tokenizer, train_tokenizer
 
@@ -130,7 +130,7 @@ def encoding_of(tokenizer_dir: str) -> "tiktoken.Encoding":
     import tiktoken
 
     tokenizer = Tokenizer.from_file(str(Path(tokenizer_dir) / "tokenizer.json"))
-    _, ranks, _ = byte_level_bpe(tokenizer)
+    _, ranks, _ = tiktoken_parts(tokenizer)
     specials = {"<|endoftext|>": len(ranks)}
     return tiktoken.Encoding("gpt2", pat_str=TIKTOKEN_PATTERN, mergeable_ranks=ranks, special_tokens=specials)
 

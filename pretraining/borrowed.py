@@ -18,9 +18,9 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from pretraining.arguments import UserError
+from pretraining.byte_level_bpe import bytes_of_tokens
 from pretraining.data import DataFolder, PackedDataset
 from pretraining.shards import TokenRows
-from pretraining.tokenizer import bytes_of_tokens
 
 LLMC_MAGIC, LLMC_VERSION, LLMC_HEADER_BYTES = 20240520, 1, 256 * 4
 LLMC_LLAMA3_MAGIC = 20240801

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import DynamicCache, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from pretraining.arguments import UserError
+from pretraining.byte_level_bpe import GPT2_PATTERN, merges_of, pattern_of
 
 if TYPE_CHECKING:
     import gguf
@@ -184,14 +185,8 @@ def _vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> tuple[li
     import gguf
 
     description = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else {}
-    splitting = description.get("pre_tokenizer") or {}
-    if not (
-        description.get("model", {}).get("type") == "BPE"
-        and splitting.get("type") == "ByteLevel"
-        and splitting.get("use_regex", True)
-        and not splitting.get("add_prefix_space")
-        and description.get("normalizer") is None
-    ):
+    is_bpe = description.get("model", {}).get("type") == "BPE"
+    if not is_bpe or description["normalizer"] or pattern_of(description["pre_tokenizer"]) != GPT2_PATTERN:
         raise UserError(
             "--format gguf is for byte-level BPE tokenizers that split words as GPT-2's does, not this one"
         )
@@ -210,5 +205,4 @@ def _vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> tuple[li
         else kind.NORMAL
         for index in range(vocab_size)
     ]
-    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in description["model"]["merges"]]
-    return tokens, types, merges
+    return tokens, types, [" ".join(merge) for merge in merges_of(description)]

@@ -1,7 +1,6 @@
 """Token ids of many documents: with tiktoken where it gives what the tokenizer gives, being several times as fast."""
 
 import itertools
-import json
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,14 +10,11 @@ import tiktoken
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
+from pretraining.byte_level_bpe import tiktoken_parts
 from pretraining.shards import token_dtype
-from pretraining.tokenizer import BYTE_OF_CHARACTER
 
 BATCH_CHARACTERS, BATCH_DOCUMENTS = 1 << 19, 512  # what a thread is handed at once
 SEPARATOR = "\x00<|end of document|>\x00"
-# GPT-2's pattern (openai/gpt-2, src/encoder.py). The alternatives that look no further than they match are grouped:
-# tiktoken's regex engine then leaves all of them to its fast half, and is 1.8 times as fast.
-GPT2_PATTERN = r"(?:'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+)|\s+(?!\S)|\s+"
 # What two implementations of a byte-level BPE could disagree on: contractions, kinds of white space and where it
 # ends, digits and letters of other scripts, marks, joined emoji, control characters, and special tokens as text.
 SAMPLE = [
@@ -49,7 +45,7 @@ class Encoder:
         self.eos_token_id = tokenizer.eos_token_id
         self.dtype = token_dtype(len(tokenizer))
         self.tiktoken, self.ids_of_ranks = None, None
-        if pieces := byte_level_bpe(self.tokenizer):
+        if pieces := tiktoken_parts(self.tokenizer):
             pattern, ranks, ids = pieces
             end_of_text = {SEPARATOR: len(ranks)}
             self.tiktoken = tiktoken.Encoding(
@@ -123,39 +119,3 @@ def _join(batch: list[tuple[str, str]], future: Future) -> Iterator[tuple[str, s
 
 def _differ(ids: np.ndarray, others: np.ndarray) -> bool:
     return not np.array_equal(ids, others)
-
-
-def byte_level_bpe(tokenizer: Tokenizer) -> tuple[str, dict[bytes, int], np.ndarray] | None:
-    """
-    Pattern, ranks and the token id of each rank of a byte-level BPE; None if the tokenizer is of another kind. The
-    ranks are the 256 bytes and then the merges in their order, as tiktoken merges the pair of the lowest rank first.
-    """
-    description = json.loads(tokenizer.to_str())
-    model, pattern = description["model"], _pattern(description["pre_tokenizer"])
-    kinds = model.get("type"), description["normalizer"], bool(model.get("byte_fallback")), model.get("dropout")
-    all_special = all(token["special"] for token in description["added_tokens"])
-    if kinds != ("BPE", None, False, None) or pattern is None or not all_special or model.get("ignore_merges"):
-        return None
-    vocabulary = model["vocab"]
-    merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
-    tokens = dict.fromkeys([*BYTE_OF_CHARACTER, *("".join(merge) for merge in merges)])
-    if not tokens.keys() <= vocabulary.keys():
-        return None  # a byte without a token: what it becomes is the tokenizer's own affair
-    ranks = {bytes(BYTE_OF_CHARACTER[character] for character in token): rank for rank, token in enumerate(tokens)}
-    return pattern, ranks, np.array([vocabulary[token] for token in tokens])
-
-
-def _pattern(pre_tokenizer: dict | None) -> str | None:
-    """The pattern that text is split by before merging: GPT-2's own, or that of a Split before the byte level."""
-    match pre_tokenizer:
-        case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}:
-            return GPT2_PATTERN
-        case {
-            "type": "Sequence",
-            "pretokenizers": [
-                {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False},
-                {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
-            ],
-        }:
-            return pattern
-    return None

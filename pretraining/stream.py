@@ -18,9 +18,10 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerBase
 
 from pretraining.arguments import ProcessError, UserError
-from pretraining.corpus import Corpus, is_for_validation
+from pretraining.corpus import Corpus
 from pretraining.data import as_it_is
 from pretraining.encoding import Encoder
+from pretraining.held_out import is_for_validation
 from pretraining.mixture import SourceOrder
 from pretraining.shards import token_dtype
 from pretraining.signals import ignore_signals

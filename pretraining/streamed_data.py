@@ -6,9 +6,10 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from pretraining.arguments import UserError
-from pretraining.corpus import Corpus, is_for_validation, open_texts
+from pretraining.corpus import Corpus, open_texts
 from pretraining.data import PackedDataset
 from pretraining.encoding import Encoder
+from pretraining.held_out import is_for_validation
 from pretraining.mixture import Source
 from pretraining.shards import TokenRows
 from pretraining.sources import DEFAULT_BLOCK_SIZE, Batches, TrainingData, digest, with_shares

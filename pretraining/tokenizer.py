@@ -5,20 +5,14 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from pretraining.arguments import UserError, one_line
+from pretraining.byte_level_bpe import merges_of
 
 END_OF_TEXT = "<|endoftext|>"
 SMALLEST_VOCABULARY = 257  # the 256 bytes and the end of text
-# The byte that a character stands for in a byte-level BPE's vocabulary (openai/gpt-2, src/encoder.py): printable ones
-# for themselves, the others, in order, for the characters from 256 on.
-PRINTABLE = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-BYTE_OF_CHARACTER = {chr(byte): byte for byte in PRINTABLE} | {
-    chr(256 + index): byte for index, byte in enumerate(sorted(set(range(256)) - set(PRINTABLE)))
-}
 
 
 def train_tokenizer(documents: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -77,25 +71,11 @@ def load_tokenizer(name_or_path: str | Path, fingerprint: str | None = None) -> 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """
     sha256 of the vocabulary and the merges: ids written with one tokenizer mean the same to another of the same
-    fingerprint, and text gets the same ids.
+    fingerprint.
     """
     digest = hashlib.sha256()
     for token, token_id in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]):
         digest.update(f"{token_id} {token}\n".encode())
-    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"].get("merges", [])
-    for merge in merges:  # "a b" in older files, ["a", "b"] in newer ones
-        digest.update(f"{merge if isinstance(merge, str) else ' '.join(merge)}\n".encode())
+    for merge in merges_of(json.loads(tokenizer.backend_tokenizer.to_str())):
+        digest.update(f"{' '.join(merge)}\n".encode())
     return digest.hexdigest()
-
-
-def bytes_of_tokens(tokenizer: PreTrainedTokenizerBase) -> np.ndarray | None:
-    """
-    Bytes of text that each id of a byte-level BPE stands for, 0 for special tokens; None for other tokenizers.
-    """
-    sizes, special_ids = np.zeros(len(tokenizer), dtype=np.int64), set(tokenizer.all_special_ids)
-    for token, token_id in tokenizer.get_vocab().items():
-        if token_id not in special_ids:
-            if not set(token) <= BYTE_OF_CHARACTER.keys():
-                return None
-            sizes[token_id] = len(token)
-    return sizes

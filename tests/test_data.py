@@ -21,8 +21,8 @@ from transformers import AutoTokenizer
 
 import prepare_data
 from pretraining.arguments import UserError
-from pretraining.corpus import split_documents
 from pretraining.data import RowOrder, open_data_folder
+from pretraining.held_out import split_documents
 from pretraining.shards import ShardWriter
 from pretraining.tokenizer import load_tokenizer, train_tokenizer
 

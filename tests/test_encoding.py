@@ -10,8 +10,9 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import PreTrainedTokenizerFast
 
 from pretraining import encoding
+from pretraining.byte_level_bpe import bytes_of_tokens
 from pretraining.encoding import SEPARATOR, Encoder, encode_documents
-from pretraining.tokenizer import bytes_of_tokens, train_tokenizer
+from pretraining.tokenizer import train_tokenizer
 
 # The pattern of GPT-4's tokenizer (openai/tiktoken, tiktoken_ext/openai_public.py).
 CL100K = (

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 
 from pretraining import corpus as corpus_module
 from pretraining.arguments import UserError, parse_arguments
-from pretraining.corpus import is_for_validation, local_corpus
+from pretraining.corpus import local_corpus
+from pretraining.held_out import is_for_validation
 from pretraining.mixture import Source
 from pretraining.split import Split
 from pretraining.stream import RowStream
