@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from signal import Signals
 
@@ -41,7 +42,7 @@ from pretraining.hellaswag_items import EncodedItem, encode_items, load_hub_item
 from pretraining.hub import HubRefusal, create_repository
 from pretraining.identity import identity, is_same_data
 from pretraining.incidents import describe, sentence
-from pretraining.inputs import model_inputs
+from pretraining.inputs import ModelInputs
 from pretraining.launch import (
     check_launch,
     is_sharded,
@@ -127,6 +128,11 @@ class Setup:
     @property
     def output_dir(self) -> Path:
         return Path(self.args.output_dir)
+
+    @cached_property
+    def model_inputs(self) -> ModelInputs:
+        document_token_id = self.data.tokenizer.eos_token_id if self.args.document_attention else None
+        return ModelInputs(self.accelerator.device, self.config.vocab_size, document_token_id)
 
 
 def start(args: TrainArguments, state: PartialState, signals: StopSignals, watchdog: Watchdog) -> bool:
@@ -237,7 +243,7 @@ def train(setup: Setup) -> bool:
     """
     args, accelerator, data = setup.args, setup.accelerator, setup.data
     model, optimizers, num_parameters = build(setup)
-    split = fit_into_memory(args, accelerator, model, data, setup.split)
+    split = fit_into_memory(args, accelerator, model, setup.model_inputs, data.block_size, setup.split)
     set_seed(args.seed, device_specific=True)  # from here on each process has its own dropout
     run = new_run(setup, sum(num_parameters))
     anomalies = Anomalies(args.skip_loss_spikes, has_scaler=accelerator.scaler is not None)
@@ -373,8 +379,6 @@ class Training:
         self.args, self.accelerator, self.data = self.setup.args, self.setup.accelerator, self.setup.data
         self.signals, self.watchdog = self.setup.signals, self.setup.watchdog
         self.output_dir = self.setup.output_dir
-        self.document_token_id = self.data.tokenizer.eos_token_id if self.args.document_attention else None
-        self.vocab_size = self.plain_model().config.vocab_size
         self.first_step = self.run.step
         self.is_measured = False
         self.last_good = self.state()
@@ -423,9 +427,7 @@ class Training:
         self.watchdog.doing(f"reading the rows of step {run.step + 1}")
         rows = [next(self.batches) for _ in range(self.split.gradient_accumulation_steps)]
         self.watchdog.doing(f"in step {run.step + 1}")
-        micro_batches = [
-            model_inputs(each, self.accelerator.device, self.document_token_id, self.vocab_size) for each in rows
-        ]
+        micro_batches = list(map(self.setup.model_inputs, rows))
         result = train_step(
             self.model,
             self.optimizers,
@@ -446,11 +448,11 @@ class Training:
         args, run = self.args, self.run
         is_last = run.step == args.max_steps
         if is_last or self.is_due(args.eval_steps):
-            self.evaluate()
+            self.log_evaluation()
         if self.setup.hellaswag and (is_last or self.is_due(args.hellaswag_steps)):
-            self.score_hellaswag()
+            self.log_hellaswag()
         if is_last or self.is_due(args.sample_steps):
-            self.write_samples()
+            self.log_samples()
         # Within steps that go wrong in a row there is none: it would go on in the middle of them.
         if not is_last and not is_saved and not self.anomalies.in_a_row and self.is_due(args.save_steps):
             self.save_checkpoint(self.state())
@@ -534,25 +536,18 @@ class Training:
 
     def warn_of_a_strange_start(self, loss: float) -> None:
         """A model that knows nothing gives every token the same chance; its loss is ln(vocabulary), and a bit."""
-        expected = math.log(self.accelerator.unwrap_model(self.model).config.vocab_size)
+        expected = math.log(self.setup.config.vocab_size)
         if abs(loss - expected) > 0.1 * expected:
             self.log.write(
                 f"warning: the first loss is {loss:.2f}, but should be about ln(vocabulary) = {expected:.2f} in an "
                 "untrained model: its initial weights are of an unusual size"
             )
 
-    def evaluate(self) -> None:
+    def log_evaluation(self) -> None:
         args, run, validation = self.args, self.run, self.data.validation
         num_rows = args.eval_iters and args.eval_iters * run.tokens_per_step // self.data.block_size
-        values = evaluate(
-            self.model,
-            validation,
-            self.accelerator,
-            self.split.batch_size,
-            num_rows,
-            self.document_token_id,
-            self.vocab_size,
-        )
+        batch_size, model_inputs = self.split.batch_size, self.setup.model_inputs
+        values = evaluate(self.model, validation, self.accelerator, batch_size, num_rows, model_inputs)
         if not math.isfinite(values["eval_loss"]):
             raise UserError(
                 f"the evaluation loss after step {run.step} is {values['eval_loss']}: a lower --learning_rate may help"
@@ -567,7 +562,7 @@ class Training:
             self.log.attempt("plots/loss.png", lambda: plot_loss(self.output_dir, references))
         run.restart_interval()
 
-    def score_hellaswag(self) -> None:
+    def log_hellaswag(self) -> None:
         items = self.setup.hellaswag
         items_at_once = max(1, self.split.batch_size // 4)  # an item is four rows
         scores = score_on_all_processes(self.accelerator, self.plain_model(), items, items_at_once)
@@ -582,7 +577,7 @@ class Training:
             self.log.attempt("plots/hellaswag.png", lambda: plot_hellaswag(self.output_dir))
         self.run.restart_interval()
 
-    def write_samples(self) -> None:
+    def log_samples(self) -> None:
         args, sharded = self.args, is_sharded(self.accelerator)
         if sharded or self.accelerator.is_main_process:
             model, tokenizer = self.plain_model(), self.data.tokenizer

@@ -31,7 +31,7 @@ from benchmarks.peers import NanoGPT
 from modeling_gpt2scratch import GPT2ScratchConfig
 from pretraining import hardware
 from pretraining.arguments import flag, parse_arguments, run_script
-from pretraining.inputs import model_inputs
+from pretraining.inputs import ModelInputs
 from pretraining.markdown import table
 from pretraining.models import attention_on, build_model
 from pretraining.optim import ADAM_BETAS, build_optimizers
@@ -114,7 +114,7 @@ def ours(_: str, shape: dict, rows: torch.Tensor, device: torch.device, is_compi
     if is_compiled:
         model = torch.compile(model)
     model, *optimizers = accelerator.prepare(model, *optimizers)
-    inputs = model_inputs(rows[:, :-1], device, None, shape["vocab_size"])
+    inputs = ModelInputs(device, shape["vocab_size"])(rows[:, :-1])
     return lambda: train_step(model, optimizers, [inputs], accelerator, max_grad_norm=1.0)
 
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pretraining.arguments import UserError
 from pretraining.data import PackedDataset
-from pretraining.inputs import model_inputs, num_targets
+from pretraining.inputs import ModelInputs, num_targets
 
 SAMPLE_TOKENS = 64
 
@@ -22,8 +22,7 @@ def evaluate(
     accelerator: Accelerator,
     batch_size: int,
     num_rows: int | None,
-    document_token_id: int | None,
-    vocab_size: int,
+    model_inputs: ModelInputs,
 ) -> dict[str, float]:
     """
     Loss over a fixed set of rows, the first `num_rows` of `dataset` or all of them, shared out over the processes;
@@ -31,7 +30,7 @@ def evaluate(
 
     Args:
         model: as `accelerator.prepare` returned it.
-        document_token_id: see `inputs.document_positions`; None lets tokens see the documents before theirs.
+        model_inputs: makes the model's arguments of rows.
 
     Returns:
         eval_loss: mean cross-entropy in nats per token.
@@ -49,7 +48,7 @@ def evaluate(
         # model needs all of them for a forward pass.
         first = start + accelerator.process_index * batch_size
         rows = [min(row, num_rows - 1) for row in range(first, first + batch_size)]
-        inputs = model_inputs(dataset.__getitems__(rows), accelerator.device, document_token_id, vocab_size)
+        inputs = model_inputs(dataset.__getitems__(rows))
         inputs["labels"] = inputs["labels"].clone()
         inputs["labels"][max(0, num_rows - first) :] = -100
         loss_sum = model(**inputs, num_items_in_batch=1, use_cache=False, skip_logits=True).loss

@@ -1,30 +1,44 @@
 """Rows of tokens as the model takes them."""
 
+from dataclasses import dataclass
+
 import torch
 
 from pretraining.arguments import ProcessError
 
 
-def model_inputs(
-    rows: torch.Tensor, device: torch.device, document_token_id: int | None, vocab_size: int
-) -> dict[str, torch.Tensor | None]:
+@dataclass(frozen=True)
+class ModelInputs:
     """
-    Args:
-        rows (`(B, T)`): token ids of any integer type.
-        document_token_id: see `document_positions`; None lets tokens see the documents before theirs.
+    `model_inputs(rows)` is what the model takes for rows of tokens.
 
-    Raises:
-        ProcessError: a ValueError, for an id that the model has no embedding for: a GPU would only say that an
-            assertion failed, and could not be used any more.
+    Attributes:
+        device, vocab_size: the model's.
+        document_token_id: see `document_positions`; None lets tokens see the documents before theirs.
     """
-    if (largest := rows.numpy().max()) >= vocab_size:
-        raise ProcessError(
-            f"the data has the token id {largest}, but the model's vocabulary ends with {vocab_size - 1}: prepare "
-            "the data with the model's tokenizer"
-        )
-    input_ids = rows.to(device, non_blocking=True).long()
-    position_ids = None if document_token_id is None else document_positions(input_ids, document_token_id)
-    return {"input_ids": input_ids, "position_ids": position_ids, "labels": input_ids}
+
+    device: torch.device
+    vocab_size: int
+    document_token_id: int | None = None
+
+    def __call__(self, rows: torch.Tensor) -> dict[str, torch.Tensor | None]:
+        """
+        Args:
+            rows (`(B, T)`): token ids of any integer type.
+
+        Raises:
+            ProcessError: a ValueError, for an id that the model has no embedding for: a GPU would only say that an
+                assertion failed, and could not be used any more.
+        """
+        if (largest := rows.numpy().max()) >= self.vocab_size:
+            raise ProcessError(
+                f"the data has the token id {largest}, but the model's vocabulary ends with {self.vocab_size - 1}: "
+                "prepare the data with the model's tokenizer"
+            )
+        input_ids = rows.to(self.device, non_blocking=True).long()
+        document_token_id = self.document_token_id
+        position_ids = None if document_token_id is None else document_positions(input_ids, document_token_id)
+        return {"input_ids": input_ids, "position_ids": position_ids, "labels": input_ids}
 
 
 def document_positions(input_ids: torch.Tensor, document_token_id: int) -> torch.Tensor:

@@ -10,15 +10,19 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import nn
 
 from pretraining.arguments import UserError
-from pretraining.inputs import model_inputs
+from pretraining.inputs import ModelInputs
 from pretraining.launch import is_sharded
-from pretraining.sources import TrainingData
 from pretraining.split import Split
 from pretraining.training_arguments import TrainArguments
 
 
 def fit_into_memory(
-    args: TrainArguments, accelerator: Accelerator, model: nn.Module, data: TrainingData, split: Split
+    args: TrainArguments,
+    accelerator: Accelerator,
+    model: nn.Module,
+    model_inputs: ModelInputs,
+    block_size: int,
+    split: Split,
 ) -> Split:
     """
     The split, or with --auto_batch_size one of smaller micro-batches that fit into memory, the global batch the same.
@@ -26,12 +30,10 @@ def fit_into_memory(
     Raises:
         UserError: if the micro-batches do not fit, with the size of ones that do.
     """
-    vocab_size = accelerator.unwrap_model(model).config.vocab_size
 
     def try_batch(batch_size: int) -> None:
-        rows = torch.zeros(batch_size, data.block_size, dtype=torch.int32)
-        document_token_id = data.tokenizer.eos_token_id if args.document_attention else None
-        try_micro_batch(model, model_inputs(rows, accelerator.device, document_token_id, vocab_size), accelerator)
+        rows = torch.zeros(batch_size, block_size, dtype=torch.int32)
+        try_micro_batch(model, model_inputs(rows), accelerator)
 
     batch_size = fitting_batch_size(try_batch, split.batch_size)
     if batch_size == split.batch_size:
