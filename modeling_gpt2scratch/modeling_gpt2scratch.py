@@ -4,7 +4,6 @@ Shapes in the comments: B batch, T tokens of this call, H heads, D width of a he
 """
 
 import math
-from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import fields
 from os import PathLike
@@ -33,7 +32,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_gpt2scratch import GPT2ScratchConfig
 from .document_mask import causal_mask_of_packed_documents
 from .linear_cross_entropy import causal_lm_loss
-from .one_dnn import OneDnnLinear
+from .one_dnn import fastest_linear
 
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 AUTO_MAP = {
@@ -41,8 +40,8 @@ AUTO_MAP = {
     "AutoModelForCausalLM": "modeling_gpt2scratch.GPT2ScratchForCausalLM",
 }
 # GPT-2's own spelling of the tanh approximation of GELU: the same formula, which torch has as one operation.
-FUSED = {"gelu_new": "gelu_pytorch_tanh"}
-LOADING = RLock()  # one model at a time, since transformers' register of weight names is the process's
+FUSED_ACTIVATIONS = {"gelu_new": "gelu_pytorch_tanh"}
+LOADING_LOCK = RLock()  # one model at a time, since transformers' register of weight names is the process's
 
 
 def eager_attention_forward(
@@ -112,7 +111,7 @@ class GPT2ScratchMLP(nn.Module):
     def __init__(self, config: GPT2ScratchConfig):
         super().__init__()
         self.up_proj = nn.Linear(config.n_embd, config.n_inner)
-        self.act_fn = ACT2FN[FUSED.get(config.activation_function, config.activation_function)]
+        self.act_fn = ACT2FN[FUSED_ACTIVATIONS.get(config.activation_function, config.activation_function)]
         self.down_proj = nn.Linear(config.n_inner, config.n_embd)
         self.down_proj.is_residual_projection = True
 
@@ -184,7 +183,7 @@ class GPT2ScratchPreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Self:
         """As transformers', of this model's own checkpoints and of any stock GPT-2's."""
         # Registered for the time of loading only: transformers takes a map that stays for a model's own file format.
-        with LOADING:
+        with LOADING_LOCK:
             register_checkpoint_conversion_mapping(cls.config_class.model_type, FROM_STOCK_GPT2, overwrite=True)
             try:
                 return super().from_pretrained(*args, **kwargs)
@@ -401,7 +400,7 @@ class GPT2ScratchForCausalLM(GPT2ScratchPreTrainedModel, GenerationMixin):
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As transformers'. On a CPU in fp32, with oneDNN's matrix products, which read the weights faster."""
-        with OneDnnLinear() if self.device.type == "cpu" else nullcontext():
+        with fastest_linear(self.device):
             return super().generate(*args, **kwargs)
 
     def _skips_logits(self, skip_logits: bool | None, logits_to_keep: int | torch.Tensor) -> bool:

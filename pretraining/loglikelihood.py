@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils.generic import is_flash_attention_requested
 
-from modeling_gpt2scratch.one_dnn import OneDnnLinear
+from modeling_gpt2scratch.one_dnn import fastest_linear
 
 ROWS_OF_LOGITS = 64  # normalised at once: a few megabytes, which stay in a CPU's cache
 
@@ -92,7 +92,7 @@ def loglikelihoods(model: PreTrainedModel, groups: Sequence[list[Continuation]],
     predictors, which = torch.tensor(nodes).unique(return_inverse=True)
     which, targets = which.to(model.device), torch.tensor(next_ids, device=model.device)
     positions = (predictors // width).to(model.device), (predictors % width).to(model.device)
-    with torch.no_grad(), OneDnnLinear(), _logits_only_of(model, positions):
+    with torch.no_grad(), fastest_linear(model.device), _logits_only_of(model, positions):
         logits = model(**inputs, use_cache=False).logits  # (len(predictors), vocabulary)
         normalisers = torch.cat([part.float().logsumexp(-1) for part in logits.split(ROWS_OF_LOGITS)])
         scores = (logits[which, targets].float() - normalisers[which]).cpu().double()

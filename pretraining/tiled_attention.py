@@ -21,9 +21,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 TILED = "tiled"
 # Queries of a tile. More of them compute more scores that the causal mask throws away, fewer make smaller products.
-QUERIES = 128
+TILE_QUERIES = 128
 # Scores of a tile, of as many rows of the batch as make so many: 6 MB in bf16, for the cache.
-SCORES = 3 << 20
+TILE_SCORES = 3 << 20
 
 
 def tiled_attention_forward(
@@ -93,16 +93,16 @@ def _tiles(
 ) -> Iterator[tuple[slice, slice, slice, Tensor]]:
     """For each tile its heads, its queries, the keys that they may see, and their weights (heads, R, K)."""
     length = query.shape[1]
-    rows_at_once = max(1, SCORES // (num_heads * QUERIES * length))
+    rows_at_once = max(1, TILE_SCORES // (num_heads * TILE_QUERIES * length))
     unseen = torch.finfo(query.dtype).min  # not -inf, of which a query that sees nothing, a padded one, would make NaN
-    future = torch.full((QUERIES, QUERIES), unseen, dtype=query.dtype).triu(1)
+    future = torch.full((TILE_QUERIES, TILE_QUERIES), unseen, dtype=query.dtype).triu(1)
     if mask is not None:
         mask = torch.zeros(mask.shape, dtype=query.dtype).masked_fill_(~mask, unseen)
         mask = mask.expand(query.shape[0] // num_heads, -1, -1, -1)
     for row in range(0, query.shape[0] // num_heads, rows_at_once):
         heads = slice(row * num_heads, (row + rows_at_once) * num_heads)
-        for start in range(0, length, QUERIES):
-            queries, keys = slice(start, start + QUERIES), slice(min(start + QUERIES, length))
+        for start in range(0, length, TILE_QUERIES):
+            queries, keys = slice(start, start + TILE_QUERIES), slice(min(start + TILE_QUERIES, length))
             scores = query[heads, queries] @ key[heads, keys].transpose(1, 2)  # (heads, R, K)
             if mask is None:
                 size = keys.stop - start

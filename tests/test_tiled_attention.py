@@ -6,9 +6,9 @@ from tiny_models import random_ids, randomise, tiny_model
 
 from pretraining import tiled_attention
 from pretraining.models import attention_on
-from pretraining.tiled_attention import QUERIES, TILED, causal_attention
+from pretraining.tiled_attention import TILE_QUERIES, TILED, causal_attention
 
-LENGTH = 2 * QUERIES + 44  # three tiles, the last one short
+LENGTH = 2 * TILE_QUERIES + 44  # three tiles, the last one short
 
 
 def inputs(dtype: torch.dtype, batch: int = 3) -> list[torch.Tensor]:
@@ -19,7 +19,7 @@ def inputs(dtype: torch.dtype, batch: int = 3) -> list[torch.Tensor]:
 
 def documents(batch: int = 3) -> torch.Tensor:
     """(B, 1, T, T): each row with documents of its own, one of which ends within a tile."""
-    ends = torch.tensor([[100, 200], [QUERIES, 2 * QUERIES], [1, 299]])[:batch]
+    ends = torch.tensor([[100, 200], [TILE_QUERIES, 2 * TILE_QUERIES], [1, 299]])[:batch]
     number = (torch.arange(LENGTH) >= ends.unsqueeze(-1)).sum(1)  # (B, T)
     return ((number.unsqueeze(1) == number.unsqueeze(2)) & torch.ones(LENGTH, LENGTH).tril().bool()).unsqueeze(1)
 
@@ -39,7 +39,7 @@ def with_gradients(attention, tensors: list[torch.Tensor], mask: torch.Tensor | 
 @pytest.mark.parametrize("mask", [None, documents(), documents(batch=1)], ids=["causal", "documents", "one mask"])
 @pytest.mark.parametrize("rows_at_once", [1, 2, 3])
 def test_output_and_gradients(mask, rows_at_once, monkeypatch):
-    monkeypatch.setattr(tiled_attention, "SCORES", rows_at_once * 2 * QUERIES * LENGTH)
+    monkeypatch.setattr(tiled_attention, "TILE_SCORES", rows_at_once * 2 * TILE_QUERIES * LENGTH)
     tensors = inputs(torch.float32)
     expected = with_gradients(written_out, [tensor.double() for tensor in tensors], mask)
     for actual, reference in zip(with_gradients(causal_attention, tensors, mask), expected, strict=True):
