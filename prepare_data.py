@@ -25,7 +25,8 @@ from transformers import PreTrainedTokenizerBase
 from pretraining.arguments import UserError, flag, parse_arguments, problems_of_range, run_script
 from pretraining.corpus import Corpus, embedded_corpus, open_texts
 from pretraining.encoding import encode_documents
-from pretraining.files import folder_in_progress, usable_cores
+from pretraining.files import folder_in_progress
+from pretraining.hardware import usable_cores
 from pretraining.held_out import split_documents
 from pretraining.mixture import Source
 from pretraining.publish_data import push_dataset

@@ -18,7 +18,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from pretraining.arguments import UserError
-from pretraining.files import usable_cores
+from pretraining.hardware import usable_cores
 from pretraining.mixture import SourceOrder
 from pretraining.shards import TokenRows, checksum_problem, open_arrow_shard, read_data_folder
 from pretraining.signals import ignore_signals

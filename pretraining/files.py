@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and their sums; and how many cores there are to make them."""
+"""Files that are whole or not there, and their sums."""
 
 import contextlib
 import fcntl
@@ -80,9 +80,8 @@ def locked(folder: Path, busy: str) -> Iterator[None]:
         raise UserError(f"{folder} cannot be written: {error.strerror}") from None
     with file:
         try:
-            fcntl.lockf(
-                file, fcntl.LOCK_EX | fcntl.LOCK_NB
-            )  # unlike flock's, not inherited by a data loader's workers
+            # Unlike flock's, not inherited by a data loader's workers.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(busy) from None
         except OSError:  # a file system that has no locks
@@ -102,8 +101,3 @@ def sync(path: Path) -> None:
 def sha256_of(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def usable_cores() -> int:
-    """Cores that this process may use, which in a container can be fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

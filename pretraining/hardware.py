@@ -1,6 +1,7 @@
 """What the machine can do, and the one setting that a CPU run cannot do without."""
 
 import ctypes
+import os
 import platform
 
 import torch
@@ -44,6 +45,11 @@ def device_description(device: torch.device, num_processes: int) -> str:
         return f"{num_processes} x {torch.cuda.get_device_name(device)}"
     processes = "1 process" if num_processes == 1 else f"{num_processes} processes"
     return f"{processes}, CPU ({platform.machine()}, {torch.get_num_threads()} threads each)"
+
+
+def usable_cores() -> int:
+    """Cores that this process may use, which in a container can be fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def keep_freed_memory() -> None:
