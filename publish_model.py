@@ -32,6 +32,7 @@ from pretraining.files import folder_in_progress
 from pretraining.hub import create_repository, problems_of_repository
 from pretraining.model_card import CARD, problems_of_license, title_of
 from pretraining.run_files import PLOTS, TRAINING_ARGS
+from pretraining.usage import Format
 
 PACKAGES = {"gguf": ("gguf",), "onnx": ("onnx", "onnxscript")}  # of the extras of these names
 # What a converted model's folder may hold, whole or not.
@@ -82,7 +83,7 @@ class PublishArguments(HubFlags, FormatFlags):
         if self.outtype != "f32" and self.format != "gguf":
             found.append(f"--outtype {self.outtype} is for --format gguf")
         found += problems_of_repository(self)
-        missing = [name for name in PACKAGES.get(self.format, ()) if find_spec(name) is None]
+        missing = [name for name in PACKAGES.get(self.format or "", ()) if find_spec(name) is None]
         if missing:
             found.append(f"--format {self.format}: a package is not installed, pip install {' '.join(missing)}")
         return found + problems_of_license(self.license)
@@ -119,14 +120,14 @@ def main() -> None:
     if args.format:
         if args.push_to_hub:  # what the Hub refuses, it had better refuse now
             create_repository(repo_id, args.hub_private_repo, args.license)
-        convert(args, folder, output_dir)
+        convert(args, args.format, folder, output_dir)
         print(f"written as {output_dir}")
     if args.push_to_hub:
         message = f"Published by gpt2scratch{f' as {args.format}' if args.format else ''}"
         print(f"published as {publish.push(output_dir, repo_id, args.hub_private_repo, message, args.license)}")
 
 
-def convert(args: PublishArguments, folder: Path, output_dir: Path) -> None:
+def convert(args: PublishArguments, format: Format, folder: Path, output_dir: Path) -> None:
     """
     Write the model in another format, with tokenizer, card and plots.
 
@@ -134,12 +135,12 @@ def convert(args: PublishArguments, folder: Path, output_dir: Path) -> None:
         UserError: if that cannot be done. There is no half of it then.
     """
     model, tokenizer = load(folder)
-    card = converted_card(publish.read_card(folder), output_dir, args.format, model.config, args.outtype, args.license)
+    card = converted_card(publish.read_card(folder), output_dir, format, model.config, args.outtype, args.license)
     try:
         with folder_in_progress(output_dir, set(CONVERTED)) as part:
-            if args.format == "gpt2":
+            if format == "gpt2":
                 write_stock(model, tokenizer, part)
-            elif args.format == "onnx":
+            elif format == "onnx":
                 write_onnx(model, tokenizer, part)
             else:
                 write_gguf(model, tokenizer, part, args.outtype)

@@ -190,14 +190,14 @@ def send_what_was_not_sent(setup: Setup) -> None:
     accelerator.print(f"{output_dir} holds a finished run; to train again, delete it or choose another --output_dir")
     send_unsent(accelerator, output_dir, args.trackers(), args.max_steps, asdict(args))
     if setup.repo_id and accelerator.is_main_process:
-        publish_run(setup)
+        publish_run(setup, setup.repo_id)
 
 
 def open_data(args: TrainArguments, state: PartialState) -> TrainingData:
     if args.streaming:
         from pretraining.streamed_data import open_streams  # with `datasets`, which packed data does without
 
-        tokenizer_name = args.tokenizer_name or args.model_name_or_path
+        tokenizer_name = str(args.tokenizer_name or args.model_name_or_path)
         sources, percentage = args.sources(), args.validation_split_percentage
         return on_every_process(lambda: open_streams(sources, tokenizer_name, args.block_size, percentage))
     return open_packed(args.sources(), args.tokenizer_name, args.block_size, state)
@@ -247,10 +247,10 @@ def train(setup: Setup) -> bool:
     set_seed(args.seed, device_specific=True)  # from here on each process has its own dropout
     run = new_run(setup, sum(num_parameters))
     anomalies = Anomalies(args.skip_loss_spikes, has_scaler=accelerator.scaler is not None)
-    position = resume(setup, model, optimizers, run, anomalies) if setup.checkpoint else None
+    position = resume(setup, setup.checkpoint, model, optimizers, run, anomalies) if setup.checkpoint else None
     accelerator.print(summary(args, accelerator, data, run.tokens_per_step, num_parameters))
-    goes_on = position is not None and is_same_data(position.identity, setup.identity)
-    batches = data.batches(split, args.seed, run.step, position.streams[0] if goes_on else None)
+    stream = position.streams[0] if position and is_same_data(position.identity, setup.identity) else None
+    batches = data.batches(split, args.seed, run.step, stream)
     is_due = position is not None and position.is_due
     card = RunCard(args, accelerator, data, setup.config, sum(num_parameters), run.tokens_per_step, setup.repo_id)
     with RunLog(accelerator, setup.output_dir, run.step, args.max_steps, args.trackers(), asdict(args), is_due) as log:
@@ -264,7 +264,7 @@ def train(setup: Setup) -> bool:
     if not is_stopped:
         finish(setup, model, lambda: card.at(run.step, run.elapsed_seconds, training.samples))
         if setup.repo_id and accelerator.is_main_process:
-            try_to_publish(setup, publisher)
+            try_to_publish(setup, setup.repo_id, publisher)
     return is_stopped
 
 
@@ -289,13 +289,15 @@ def new_run(setup: Setup, num_parameters: int) -> Run:
     )
 
 
-def resume(setup: Setup, model: nn.Module, optimizers: list[Optimizer], run: Run, anomalies: Anomalies) -> Position:
+def resume(
+    setup: Setup, checkpoint: Path, model: nn.Module, optimizers: list[Optimizer], run: Run, anomalies: Anomalies
+) -> Position:
     """Take all that the checkpoint holds. Returns its position."""
     args, accelerator = setup.args, setup.accelerator
-    position = load_checkpoint(accelerator, setup.checkpoint, model, optimizers)
+    position = load_checkpoint(accelerator, checkpoint, model, optimizers)
     run.step, run.elapsed_before = position.step, position.elapsed_seconds
     anomalies.load(position.anomalies)
-    accelerator.print(f"continuing from {setup.checkpoint}")
+    accelerator.print(f"continuing from {checkpoint}")
     if accelerator.is_main_process:
         write_arguments(setup.output_dir, asdict(args), setup.identity)
         for folder in set_aside_later(setup.output_dir, run.step):
@@ -623,21 +625,21 @@ def finish(setup: Setup, model: nn.Module, card: Callable[[], ModelCard]) -> Non
         print(f"{best[0]} ({BEST}) has a lower eval_loss than the final model: {best[1]:.4f}")
 
 
-def publish_run(setup: Setup) -> None:
+def publish_run(setup: Setup, repo_id: str) -> None:
     """The model of a run that is finished. A signal ends it, as the same command begins it again."""
     args = setup.args
     setup.signals.end_at_once(UNPUBLISHED)
-    address = publish.push(setup.output_dir, setup.repo_id, args.hub_private_repo, FINAL, args.license)
+    address = publish.push(setup.output_dir, repo_id, args.hub_private_repo, FINAL, args.license)
     print(f"published as {address}")
 
 
-def try_to_publish(setup: Setup, publisher: publish.CheckpointPublisher | None) -> None:
+def try_to_publish(setup: Setup, repo_id: str, publisher: publish.CheckpointPublisher | None) -> None:
     """Behind the checkpoint that is on its way. That the Hub is out of reach is no failure of the run."""
     setup.signals.end_at_once(UNPUBLISHED)
     if publisher:
         publisher.wait()
     try:
-        publish_run(setup)
+        publish_run(setup, repo_id)
     except HubRefusal:
         raise
     except UserError as error:

@@ -91,7 +91,7 @@ def checkpoints(output_dir: Path) -> list[Path]:
         and not folder.is_symlink()
         and any((folder / name).exists() for name in (MANIFEST, *FILES))
     ]
-    return sorted(found, key=step_of)
+    return sorted(found, key=lambda folder: step_of(folder) or 0)
 
 
 def complete_checkpoints(output_dir: Path) -> list[Path]:
@@ -153,7 +153,7 @@ def set_aside_later(output_dir: Path, step: int) -> list[Path]:
     Rename checkpoints of more than `step` steps, where a run goes on from an earlier one: they would be taken for its
     own. Returns them under their new names.
     """
-    aside = [_set_aside(folder) for folder in checkpoints(output_dir) if step_of(folder) > step]
+    aside = [_set_aside(folder) for folder in checkpoints(output_dir) if (step_of(folder) or 0) > step]
     if aside:
         mark_best(output_dir)
     return aside

@@ -74,7 +74,7 @@ def _onnx_program(stock: GPT2LMHeadModel) -> torch.onnx.ONNXProgram:
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # its warnings are of what is not used here
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return torch.onnx.export(
+        return torch.onnx.export(  # type: ignore[return-value]  # None without dynamo
             _WithCache(stock),
             (ids, torch.ones(batch, past + tokens, dtype=torch.long), positions, cache),
             dynamo=True,
@@ -169,7 +169,7 @@ def _add_tensors(writer: "gguf.GGUFWriter", stock: GPT2LMHeadModel, quantized: "
         fits = array.shape[-1] % gguf.GGML_QUANT_SIZES[quantized][0] == 0
         kind = quantized if is_matrix and fits else gguf.GGMLQuantizationType.F32
         new_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        writer.add_tensor(new_name, gguf.quants.quantize(array, kind), raw_dtype=kind)
+        writer.add_tensor(str(new_name), gguf.quants.quantize(array, kind), raw_dtype=kind)
 
 
 def to_stock(model: PreTrainedModel, folder: Path) -> GPT2LMHeadModel:

@@ -44,7 +44,7 @@ class Encoder:
         self.tokenizer.no_truncation()
         self.eos_token_id = tokenizer.eos_token_id
         self.dtype = token_dtype(len(tokenizer))
-        self.tiktoken, self.ids_of_ranks = None, None
+        self.tiktoken, self.ids_of_ranks = None, np.empty(0, self.dtype)
         if pieces := tiktoken_parts(self.tokenizer):
             pattern, ranks, ids = pieces
             end_of_text = {SEPARATOR: len(ranks)}

@@ -1,6 +1,7 @@
 """Rows of tokens as the model takes them."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -21,7 +22,7 @@ class ModelInputs:
     vocab_size: int
     document_token_id: int | None = None
 
-    def __call__(self, rows: torch.Tensor) -> dict[str, torch.Tensor | None]:
+    def __call__(self, rows: torch.Tensor) -> dict[str, Any]:
         """
         Args:
             rows (`(B, T)`): token ids of any integer type.

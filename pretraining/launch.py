@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -126,7 +126,8 @@ def on_every_process(work: Callable[[], T]) -> T:
     Raises:
         UserError: on all processes, if it is raised on any: the others would wait for that one.
     """
-    result, problems = None, []
+    result: Any = None
+    problems: list[str] = []
     try:
         result = work()
     except UserError as error:

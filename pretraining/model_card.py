@@ -209,12 +209,12 @@ def _validation_results(record: RunRecord) -> list[EvalResult]:
     ]
 
 
-def _hellaswag_summary(record: RunRecord) -> dict:
+def _hellaswag_summary(hellaswag: dict[str, float]) -> dict:
     """With standard errors of the mean of n items that are 0 or 1: sqrt(p (1 - p) / (n - 1))."""
-    n = record.hellaswag["hellaswag_n"]
+    n = hellaswag["hellaswag_n"]
     summary = {"protocol": "completion", "n": n}
     for metric in ("acc", "acc_norm"):
-        p = summary[metric] = record.hellaswag[f"hellaswag_{metric}"]
+        p = summary[metric] = hellaswag[f"hellaswag_{metric}"]
         summary[f"{metric}_stderr"] = math.sqrt(p * (1 - p) / (n - 1)) if n > 1 else None
     return summary
 
@@ -223,7 +223,7 @@ def _hellaswag_entries(record: RunRecord) -> list[EvalResult]:
     if record.hellaswag is None:
         return []
     split = "validation" if "/" in record.hellaswag_source else None
-    return hellaswag_results(_hellaswag_summary(record), record.hellaswag_source, split)
+    return hellaswag_results(_hellaswag_summary(record.hellaswag), record.hellaswag_source, split)
 
 
 def _evaluation(record: RunRecord) -> list[str]:
@@ -246,7 +246,7 @@ def _evaluation(record: RunRecord) -> list[str]:
     ]
     if record.hellaswag is None:
         return sections
-    summary = _hellaswag_summary(record)
+    summary = _hellaswag_summary(record.hellaswag)
     after = record.hellaswag["step"]
     rows = [
         (f"`{metric}`", f"{summary[metric]:.4f}" + (f" ± {stderr:.4f}" if stderr is not None else ""))

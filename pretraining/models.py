@@ -1,5 +1,7 @@
 """The model a run starts from: its config from flags, its weights from scratch or from a checkpoint."""
 
+from typing import Any
+
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
@@ -36,7 +38,7 @@ def load_config(
         raise UserError(f"{source} cannot be loaded: {one_line(error)}{presets}") from None
     if model_name_or_path:
         return config
-    changes = {"vocab_size": vocab_size, "bos_token_id": eos_token_id, "eos_token_id": eos_token_id}
+    changes: dict[str, Any] = {"vocab_size": vocab_size, "bos_token_id": eos_token_id, "eos_token_id": eos_token_id}
     changes |= parse_overrides(overrides or "")
     if "n_embd" in changes:
         changes.setdefault("n_inner", None)  # four times the new width, not the old one

@@ -156,11 +156,14 @@ def _open_folders(
 ) -> tuple[PreTrainedTokenizerBase, int, list[DataFolder]]:
     """The tokenizer and the block size of all folders, and the folders."""
     own = next((path for path in paths if not _is_borrowed(path)), None)
-    if own is None and not tokenizer_name:
+    if own is not None:
+        block_size = block_size or read_data_folder(own)["block_size"]
+        tokenizer = load_tokenizer(tokenizer_name or own / "tokenizer")
+    elif tokenizer_name:
+        block_size = block_size or DEFAULT_BLOCK_SIZE
+        tokenizer = load_tokenizer(tokenizer_name)
+    else:
         raise UserError(f"{paths[0]} holds token files without a tokenizer: --tokenizer_name openai-community/gpt2 ?")
-    if block_size is None:
-        block_size = DEFAULT_BLOCK_SIZE if own is None else read_data_folder(own)["block_size"]
-    tokenizer = load_tokenizer(tokenizer_name or own / "tokenizer")
     fingerprint = tokenizer_fingerprint(tokenizer)
     folders, problems = [], []
     for path in paths:
@@ -189,7 +192,7 @@ def download(source: Source, state: PartialState) -> Path:
     Raises:
         UserError: if there is none of that name, or it is not packed.
     """
-    name, problem, revision = source.dataset_name, None, source.dataset_revision
+    name, problem, revision = source.name, None, source.dataset_revision
     if state.is_local_main_process:
         try:
             revision = HfApi().dataset_info(name, revision=revision).sha

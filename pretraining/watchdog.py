@@ -7,6 +7,7 @@ import time
 import traceback
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 from accelerate import PartialState
@@ -31,7 +32,7 @@ class Watchdog:
         self.activity, self.deadline = "starting", float("inf")
         self.answered = 0  # roll calls
         self.is_over = threading.Event()
-        self.store = None
+        self.store: Any = None  # of a process by itself
         if self.others and "MASTER_PORT" in os.environ:
             address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
             store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=ANSWER_SECONDS))
