@@ -271,3 +271,24 @@ def test_the_links_of_a_page_lead_somewhere(page):
                 headings = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
                 anchors = {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
                 assert anchor in anchors, link
+
+
+# Flags of other programs that the pages speak of: accelerate launch, sbatch, lm_eval; and what stands for any flag.
+OTHERS = {"config_file", "cpu", "quiet", "num_machines", "requeue", "tasks", "model_args", "help", "flag"}
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.endswith(".md")])
+def test_what_a_page_names_is_there(page):
+    folders = ("", "modeling_gpt2scratch", "pretraining", "benchmarks", "tests", "metrics/hellaswag")
+    sources = {path.name: path.read_text() for name in folders for path in (REPOSITORY / name).glob("*.py")}
+    names = {file: set(re.findall(r"(?m)^ *(?:def |class )?(\w+)\b", text)) for file, text in sources.items()}
+    tests = [name for file in names if file.startswith("test_") for name in names[file]]
+    flags = OTHERS.union(*(names[file] for file in names if not file.startswith("test_")))
+    for span in re.findall(r"`([^`\n]+)`", (REPOSITORY / page).read_text()):
+        if re.fullmatch(r"[\w/]+\.py", span):
+            assert (REPOSITORY / span).is_file() or span in sources
+        elif (attribute := re.fullmatch(r"(\w+)\.(?!json)(\w+)", span)) and f"{attribute[1]}.py" in sources:
+            assert attribute[2] in names[f"{attribute[1]}.py"], span
+        elif span.startswith("test_") and span.endswith("…"):
+            assert any(test.startswith(span.removesuffix("…")) for test in tests), span
+        assert set(re.findall(r"--([a-z]\w+)", span)) <= flags, span
