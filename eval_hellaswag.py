@@ -73,7 +73,7 @@ METRIC = Path(__file__).resolve().parent / "metrics" / "hellaswag"
 class ScoringFlags:
     _argument_group_name = "model and items"
 
-    model_name_or_path: str = flag(None, "the model, with its tokenizer: a folder, or a name on the Hub")
+    model_name_or_path: str = flag(None, "the model, with its tokenizer: a folder, or a name on the Hub (required)")
     model_revision: str | None = flag(None, "branch, tag or commit of a model on the Hub")
     trust_remote_code: bool = flag(False, "run the modeling code that comes with the model; read it first")
     data_file: str | None = flag(None, "items in HellaSwag's own format, a JSON object a line")

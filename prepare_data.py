@@ -68,7 +68,7 @@ class TokenizerFlags:
 class OutputFlags:
     _argument_group_name = "data folder"
 
-    output_dir: str = flag(None, "the data folder to write")
+    output_dir: str = flag(None, "the data folder to write (required)")
     block_size: int = flag(1024, "tokens in a row")
     shard_tokens: int = flag(100_000_000, "tokens in a shard")
     num_proc: int | None = flag(None, "CPU cores to tokenise on; all of them if left out")

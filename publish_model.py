@@ -45,7 +45,7 @@ CONVERTED = f"""config.json generation_config.json model.safetensors tokenizer.j
 class FormatFlags:
     _argument_group_name = "model, and the format to write it in"
 
-    model_name_or_path: str = flag(None, "the run folder, or another folder with a model that was saved or converted")
+    model_name_or_path: str = flag(None, "the run folder, or another folder with a model (required)")
     format: Literal["gpt2", "gguf", "onnx"] | None = flag(None, "write it in this format; as it is if left out")
     output_dir: str | None = flag(None, "with --format: where to write it")
     outtype: Literal["f32", "f16", "bf16", "q8_0"] = flag("f32", "with --format gguf: the type of the matrices")

@@ -120,7 +120,7 @@ class EvaluationFlags:
 class RunFlags:
     _argument_group_name = "run folder: checkpoints, going on, and what may go wrong"
 
-    output_dir: str = flag(None, "the run folder to write")
+    output_dir: str = flag(None, "the run folder to write (required)")
     save_steps: int = flag(500, "steps between checkpoints")
     save_total_limit: int = flag(2, "how many checkpoints to keep, beside the one with the lowest eval_loss")
     resume_from_checkpoint: str = flag("auto", "`auto` (continue if there is a checkpoint), a checkpoint, or `none`")
