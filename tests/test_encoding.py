@@ -9,7 +9,7 @@ from conftest import make_documents
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from pretraining import encoding
+from pretraining import byte_level_bpe, encoding
 from pretraining.byte_level_bpe import bytes_of_tokens
 from pretraining.encoding import SEPARATOR, Encoder, encode_documents
 from pretraining.tokenizer import train_tokenizer
@@ -92,11 +92,11 @@ def test_every_text_gets_the_tokenizers_own_ids_and_an_end(name, make):
 
 def test_tiktoken_is_not_used_where_it_gives_other_ids(monkeypatch):
     tokenizer = train_tokenizer(make_documents(50, seed=3), 500)
-    monkeypatch.setattr(encoding, "GPT2_PATTERN", r"\w+|\W")
+    monkeypatch.setattr(byte_level_bpe, "GPT2_PATTERN", r"\w+|\W")
     assert Encoder(tokenizer, []).name == "tokenizers"
     monkeypatch.undo()
     # A difference that only the documents themselves show.
-    monkeypatch.setattr(encoding, "GPT2_PATTERN", " zebra|" + encoding.GPT2_PATTERN)
+    monkeypatch.setattr(byte_level_bpe, "GPT2_PATTERN", " zebra|" + byte_level_bpe.GPT2_PATTERN)
     assert Encoder(tokenizer, []).name == "tiktoken"
     assert Encoder(tokenizer, ["no zebras"]).name == "tokenizers"
 
