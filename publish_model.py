@@ -94,7 +94,10 @@ def problems_of_model(folder: str | None, format: str | None) -> list[str]:
         return ["--model_name_or_path is required: a run folder"]
     if not Path(folder).is_dir():
         return [f"--model_name_or_path {folder} is not a folder"]
-    files = {path.name for path in publish.published(Path(folder))}
+    try:
+        files = {path.name for path in publish.published(Path(folder))}
+    except UserError as error:
+        return list(error.problems)
     if files & {"model.gguf", "model.onnx"}:
         return (
             [f"--model_name_or_path {folder} was converted already: --format wants the run folder"] if format else []

@@ -1,6 +1,6 @@
 """
 position.json of a checkpoint: where a run stood between two steps, but for weights, optimizers and random generators.
-Its keys are the attributes of `Position`, beside `format_version`.
+Its keys are the attributes of `Position`, beside `format_version`, which is that of the whole checkpoint.
 """
 
 import json
@@ -11,7 +11,8 @@ from pretraining.arguments import UserError
 from pretraining.files import write_text
 
 POSITION_FILE = "position.json"
-FORMAT_VERSION = 1  # files without one are of version 1
+# Of all files of a checkpoint, and of what the position of a stream means. Those without one are of version 1.
+FORMAT_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -42,16 +43,20 @@ class Position:
     def read(cls, folder: Path) -> "Position":
         """
         Raises:
-            UserError: if the file is of another version, or is no position.
+            UserError: if the checkpoint is of another version, or the file is no position.
         """
+        path = folder / POSITION_FILE
         try:
-            content = json.loads((folder / POSITION_FILE).read_text(encoding="utf-8"))
-            position = cls(**{field.name: content[field.name] for field in fields(cls)})
-            is_sound = content.get("format_version", FORMAT_VERSION) == FORMAT_VERSION and position._is_sound()
+            content = json.loads(path.read_text(encoding="utf-8"))
+            version = content.get("format_version", 1)
+            position = cls(**{field.name: content.get(field.name) for field in fields(cls)})
+            is_sound = position._is_sound()
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            is_sound = False
+            version, is_sound = FORMAT_VERSION, False
+        if version != FORMAT_VERSION:
+            raise UserError(f"{folder} has format version {version}, this program reads {FORMAT_VERSION}")
         if not is_sound:
-            raise UserError(f"{folder} is of another version of this program, whose checkpoints are other ones")
+            raise UserError(f"{path} is damaged, or of another program: it is no position of a run")
         return position
 
     def _is_sound(self) -> bool:

@@ -22,7 +22,7 @@ from pretraining.position import Position
 from pretraining.run_files import PLOTS
 
 WEIGHTS = "model.safetensors"
-CODE = "modeling_gpt2scratch.py"
+CONFIG, CODE = "config.json", "modeling_gpt2scratch.py"
 # Of the folder of a run, a checkpoint or an exported model, beside its code and card. No optimizer's state, log, or
 # tracker's file, and nothing else that happens to lie there.
 PUBLISHED = """config.json generation_config.json model.safetensors model-*-of-*.safetensors
@@ -95,7 +95,7 @@ def published(folder: Path) -> list[Path]:
     What of a folder is published, but for the card.
 
     Raises:
-        UserError: if a file of the model's code imports one that is not there.
+        UserError: if a file of the model's code is missing, one that its config names or another file imports.
     """
     files = {path for pattern in PUBLISHED for path in folder.glob(pattern) if path.is_file()}
     return sorted(files | _code(folder))
@@ -103,7 +103,11 @@ def published(folder: Path) -> list[Path]:
 
 def _code(folder: Path) -> set[Path]:
     """The model's code, whatever version of it wrote the folder: what transformers fetches when it loads it."""
-    if not (folder / CODE).is_file():
+    config = (folder / CONFIG).read_bytes() if (folder / CONFIG).is_file() else b""
+    names_code = (
+        f'"{Path(CODE).stem}.'.encode() in config
+    )  # of another repository it would be "USER/NAME--modeling..."
+    if not names_code and not (folder / CODE).exists():
         return set()
     try:
         return {folder / CODE, *map(Path, get_relative_import_files(folder / CODE))}

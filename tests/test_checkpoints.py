@@ -31,6 +31,8 @@ from safetensors.torch import load_file, save_file
 from tiny_models import tiny_model
 
 import train_accelerate
+from pretraining import position
+from pretraining.arguments import UserError
 from pretraining.checkpoint import CheckpointWriter, LoopState
 from pretraining.checkpoint_folders import checkpoint_to_resume, commit, complete_checkpoints, verify
 from pretraining.identity import differences
@@ -402,7 +404,6 @@ def test_a_manifest_of_any_kind_is_damaged_at_most(name, content, stopped):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"format_version": 2},
         {"step": "5"},
         {"step": -3},
         {"is_due": 1},
@@ -417,16 +418,26 @@ def test_a_position_of_another_kind_is_refused(changes, stopped, data_dir, refus
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     write_manifest(path.parent)
     (error,) = refuse(train_accelerate, *flags(data_dir, stopped, "--max_steps", 6, "--save_steps", 2))
-    assert "checkpoint-000005 is of another version of this program" in error
+    assert "checkpoint-000005/position.json is damaged, or of another program" in error
 
 
-def test_a_position_from_before_it_had_a_version_is_read(stopped):
+def test_a_checkpoint_of_another_version_is_refused_and_one_without_is_of_the_first(
+    stopped, data_dir, refuse, monkeypatch
+):
     folder = stopped / "checkpoint-000005"
-    path, position = folder / "position.json", Position.read(folder)
+    path, expected = folder / "position.json", Position.read(folder)
     content = json.loads(path.read_text())
     assert content.pop("format_version") == 1
     path.write_text(json.dumps(content))
-    assert Position.read(folder) == position
+    assert Position.read(folder) == expected
+    path.write_text(json.dumps({"format_version": 3, "step": 5}))
+    write_manifest(folder)
+    (error,) = refuse(train_accelerate, *flags(data_dir, stopped, "--max_steps", 6, "--save_steps", 2))
+    assert "checkpoint-000005 has format version 3, this program reads 1" in error
+    path.write_text(json.dumps(content))
+    monkeypatch.setattr(position, "FORMAT_VERSION", 2)
+    with pytest.raises(UserError, match="has format version 1, this program reads 2"):
+        Position.read(folder)
 
 
 def test_weights_that_lack_one_are_refused(stopped, data_dir, refuse):

@@ -620,6 +620,10 @@ def test_the_code_that_is_published_is_what_the_model_imports_whatever_version_w
         status, _, errors = publish(*command)
     assert status == 2 and errors.count("\n") == 1
     assert f"{folder} has not all of the model's code: " in errors and "packing.py" in errors
+    model_code.unlink()  # which the config names
+    _, _, errors = publish(*command, "--license", "A licence")
+    assert f"{folder} has not all of the model's code: " in errors and "modeling_gpt2scratch.py" in errors
+    assert "--license A licence is not a name" in errors and errors.count("\n") == 2  # all problems at once
 
 
 def test_a_card_without_records_and_one_that_people_wrote_in(run_dir, tmp_path, use_hub, publish):
