@@ -292,7 +292,7 @@ def load_metric() -> "EvaluationModule":
 
 
 def to_score(item: EncodedItem, sums: list[float]) -> dict:
-    """An item's line of ITEMS.jsonl. Of equal endings the first one is predicted."""
+    """An item's line of --predictions_file. Of equal endings the first one is predicted."""
     if not all(map(math.isfinite, sums)):
         raise ProcessError(f"item {item.ind}: the model's log-likelihoods are {sums}, its weights are not usable")
     means = [total / length for total, length in zip(sums, item.lengths, strict=True)]

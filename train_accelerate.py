@@ -39,7 +39,6 @@ from pretraining.checkpoint import CheckpointWriter, LoopState, full_weights, ge
 from pretraining.checkpoint_folders import BEST, best_checkpoint, checkpoint_folder, set_aside_later
 from pretraining.evaluation import encode_prompts, evaluate, write_samples
 from pretraining.hellaswag_items import EncodedItem, encode_items, load_hub_items, load_items
-from pretraining.hub import HubRefusal, create_repository
 from pretraining.identity import identity, is_same_data
 from pretraining.incidents import describe, sentence
 from pretraining.inputs import ModelInputs
@@ -52,7 +51,7 @@ from pretraining.launch import (
     open_state,
 )
 from pretraining.memory import fit_into_memory, flags_for
-from pretraining.model_card import LICENSE, duration, title_of
+from pretraining.model_card import duration
 from pretraining.models import attention_on, build_model, check_fit, load_config
 from pretraining.optim import build_optimizers, learning_rate_factor, parameter_groups, set_learning_rate
 from pretraining.plots import plot_hellaswag, plot_loss
@@ -62,6 +61,7 @@ from pretraining.run import Run
 from pretraining.run_card import RunCard
 from pretraining.run_files import EVENTS
 from pretraining.run_folder import open_run_folder, write_arguments
+from pretraining.run_publishing import CheckpointPublisher, open_repository, publish_run, try_to_publish_run
 from pretraining.runlog import RunLog, read_metrics, send_unsent
 from pretraining.signals import STOPPED, StopSignals, follow_launcher, kill_workers
 from pretraining.sources import Batches, TrainingData, open_packed
@@ -73,7 +73,6 @@ from pretraining.watchdog import Watchdog
 
 # The speed of a run is told once so many steps are behind it: the first ones warm up, or compile.
 STEPS_TO_MEASURE = 5
-FINAL = "Trained by gpt2scratch"  # the message of its commit
 UNPUBLISHED = "before it was published: the same command does that"
 SAVING_FAILED = -1  # among the notes of a step, where the others are numbers of signals
 
@@ -103,7 +102,7 @@ def main() -> None:
 @dataclass(frozen=True)
 class Setup:
     """
-    What is there before the model.
+    What is there before the model, and how it is fed.
 
     Attributes:
         split: of a step's rows, as the flags say.
@@ -190,7 +189,8 @@ def send_what_was_not_sent(setup: Setup) -> None:
     accelerator.print(f"{output_dir} holds a finished run; to train again, delete it or choose another --output_dir")
     send_unsent(accelerator, output_dir, args.trackers(), args.max_steps, asdict(args))
     if setup.repo_id and accelerator.is_main_process:
-        publish_run(setup, setup.repo_id)
+        setup.signals.end_at_once(UNPUBLISHED)
+        publish_run(args, setup.repo_id)
 
 
 def open_data(args: TrainArguments, state: PartialState) -> TrainingData:
@@ -217,25 +217,6 @@ def open_hellaswag(
     return on_every_process(work)
 
 
-def open_repository(args: TrainArguments, state: PartialState) -> str:
-    """
-    The whole name of the repository on the Hub, which is made now: that a token may not write is better told before
-    training than after it. A Hub that cannot be reached may be by then.
-    """
-
-    def work() -> str:
-        name = args.hub_model_id or title_of(args.output_dir)
-        try:
-            return create_repository(name, args.hub_private_repo, args.license or LICENSE)
-        except HubRefusal:
-            raise
-        except UserError as error:
-            print(f"warning: {error}; it is tried again when there is something to publish", file=sys.stderr)
-            return name
-
-    return on_main_process(state, work)
-
-
 def train(setup: Setup) -> bool:
     """
     Build the model, train it from the first step or from a checkpoint to the last, and write it. Returns whether a
@@ -254,7 +235,10 @@ def train(setup: Setup) -> bool:
     is_due = position is not None and position.is_due
     card = RunCard(args, accelerator, data, setup.config, sum(num_parameters), run.tokens_per_step, setup.repo_id)
     with RunLog(accelerator, setup.output_dir, run.step, args.max_steps, args.trackers(), asdict(args), is_due) as log:
-        publisher = open_publisher(setup, card, log)
+        publisher = None
+        if setup.repo_id and args.hub_strategy == "checkpoint":
+            private = args.hub_private_repo
+            publisher = CheckpointPublisher(setup.output_dir, setup.repo_id, private, card.complete, log.write)
         writer = CheckpointWriter(
             accelerator, setup.output_dir, model, optimizers, args.save_total_limit, on_saved=publisher
         )
@@ -264,7 +248,10 @@ def train(setup: Setup) -> bool:
     if not is_stopped:
         finish(setup, model, lambda: card.at(run.step, run.elapsed_seconds, training.samples))
         if setup.repo_id and accelerator.is_main_process:
-            try_to_publish(setup, setup.repo_id, publisher)
+            setup.signals.end_at_once(UNPUBLISHED)
+            if publisher:
+                publisher.wait()
+            try_to_publish_run(args, setup.repo_id)
     return is_stopped
 
 
@@ -303,15 +290,6 @@ def resume(
         for folder in set_aside_later(setup.output_dir, run.step):
             print(f"set aside, as this run goes on from an earlier step: {folder}")
     return position
-
-
-def open_publisher(setup: Setup, card: RunCard, log: RunLog) -> publish.CheckpointPublisher | None:
-    args = setup.args
-    if not setup.repo_id or args.hub_strategy != "checkpoint":
-        return None
-    return publish.CheckpointPublisher(
-        setup.output_dir, setup.repo_id, args.hub_private_repo, card.complete, log.write
-    )
 
 
 @contextmanager
@@ -402,7 +380,7 @@ class Training:
             result, learning_rate = self.step()
             is_last = run.step == args.max_steps
             self.log.progress(run.step)
-            if self.anomalies.verdict != NOT_FINITE and (is_last or run.step == 1 or self.is_due(args.logging_steps)):
+            if self.anomalies.verdict != NOT_FINITE and (is_last or run.step == 1 or self.every(args.logging_steps)):
                 self.write_metrics(result, learning_rate)
             elif run.step == self.first_step + 1:
                 run.restart_interval()  # to compile, or to warm up, is not training speed
@@ -449,20 +427,20 @@ class Training:
         """Evaluations, samples and, if it is not there yet, the checkpoint that the step behind us asks for."""
         args, run = self.args, self.run
         is_last = run.step == args.max_steps
-        if is_last or self.is_due(args.eval_steps):
+        if is_last or self.every(args.eval_steps):
             self.log_evaluation()
-        if self.setup.hellaswag and (is_last or self.is_due(args.hellaswag_steps)):
+        if self.setup.hellaswag and (is_last or self.every(args.hellaswag_steps)):
             self.log_hellaswag()
-        if is_last or self.is_due(args.sample_steps):
+        if is_last or self.every(args.sample_steps):
             self.log_samples()
         # Within steps that go wrong in a row there is none: it would go on in the middle of them.
-        if not is_last and not is_saved and not self.anomalies.in_a_row and self.is_due(args.save_steps):
+        if not is_last and not is_saved and not self.anomalies.in_a_row and self.every(args.save_steps):
             self.save_checkpoint(self.state())
 
     def stop(self, notes: list[int]) -> None:
         """Save a checkpoint, as a process got a signal."""
-        in_between = self.anomalies.in_a_row
-        folder = self.save_last_good() if in_between else self.save_checkpoint(self.state(is_due=True))
+        is_amid_bad_steps = self.anomalies.in_a_row > 0
+        folder = self.save_last_good() if is_amid_bad_steps else self.save_checkpoint(self.state(is_due=True))
         self.writer.wait()
         process, number = next((process, number) for process, number in enumerate(notes) if number)
         of = f" of process {process}" if len(notes) > 1 else ""
@@ -501,8 +479,9 @@ class Training:
             "--learning_rate may help (with --allow_changes learning_rate), or other data (with --allow_changes data)"
         )
 
-    def is_due(self, every: int | None) -> bool:
-        return every is not None and self.run.step % every == 0
+    def every(self, steps: int | None) -> bool:
+        """Whether the step behind us is one of every so many."""
+        return steps is not None and self.run.step % steps == 0
 
     def state(self, is_due: bool = False) -> LoopState:
         """Where this process stands, between two steps; `is_due` as in `loop`."""
@@ -623,27 +602,6 @@ def finish(setup: Setup, model: nn.Module, card: Callable[[], ModelCard]) -> Non
     best = best_checkpoint(output_dir)
     if best and best[1] < evaluation["eval_loss"]:
         print(f"{best[0]} ({BEST}) has a lower eval_loss than the final model: {best[1]:.4f}")
-
-
-def publish_run(setup: Setup, repo_id: str) -> None:
-    """The model of a run that is finished. A signal ends it, as the same command begins it again."""
-    args = setup.args
-    setup.signals.end_at_once(UNPUBLISHED)
-    address = publish.push(setup.output_dir, repo_id, args.hub_private_repo, FINAL, args.license)
-    print(f"published as {address}")
-
-
-def try_to_publish(setup: Setup, repo_id: str, publisher: publish.CheckpointPublisher | None) -> None:
-    """Behind the checkpoint that is on its way. That the Hub is out of reach is no failure of the run."""
-    setup.signals.end_at_once(UNPUBLISHED)
-    if publisher:
-        publisher.wait()
-    try:
-        publish_run(setup, repo_id)
-    except HubRefusal:
-        raise
-    except UserError as error:
-        print(f"warning: {error}; the same command, when it can be reached, publishes the run", file=sys.stderr)
 
 
 if __name__ == "__main__":

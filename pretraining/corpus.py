@@ -170,7 +170,7 @@ def open_texts(source: Source) -> tuple[Corpus, Corpus | None]:
     """The text of a source for training, and that for validation if it is given apart."""
     if not source.train_file:
         config, revision = source.dataset_config_name, source.dataset_revision
-        return hub_corpus(source.name, config, revision, source.text_column), None
+        return hub_corpus(str(source.dataset_name), config, revision, source.text_column), None
     apart = local_corpus(source.validation_file, source.text_column) if source.validation_file else None
     return local_corpus(source.train_file, source.text_column), apart
 

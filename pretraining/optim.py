@@ -8,13 +8,14 @@ from torch import nn
 from torch.optim import AdamW, Muon, Optimizer
 
 ADAM_BETAS = (0.9, 0.95)  # GPT-3 paper, appendix B
+Optim = Literal["adamw", "muon"]
 LRSchedulerType = Literal[
     "cosine_with_min_lr", "cosine", "linear", "constant", "constant_with_warmup", "warmup_stable_decay"
 ]
 
 
 def build_optimizers(
-    model: nn.Module, optim: str, learning_rate: float, weight_decay: float, device: torch.device
+    model: nn.Module, optim: Optim, learning_rate: float, weight_decay: float, device: torch.device
 ) -> list[Optimizer]:
     """
     The optimizers of a run, to be stepped together.
@@ -34,8 +35,10 @@ def build_optimizers(
     if optim == "muon":
         optimizers.append(Muon(hidden, lr=learning_rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
         decayed = other_matrices
-    else:
+    elif optim == "adamw":
         decayed = hidden + other_matrices
+    else:
+        assert_never(optim)
     groups = [
         {"params": decayed, "weight_decay": weight_decay},
         {"params": vectors, "weight_decay": 0.0},

@@ -1,10 +1,7 @@
 """The final model, a folder that loads with the Auto classes and a pipeline, and its way to the Hub."""
 
-import contextlib
 import os
 import shutil
-import threading
-from collections.abc import Callable
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
@@ -14,12 +11,10 @@ from transformers.dynamic_module_utils import get_relative_import_files
 
 from pretraining.arguments import UserError, one_line
 from pretraining.card_edits import renamed_card
-from pretraining.checkpoint_folders import FINAL, HUB, step_of
+from pretraining.checkpoint_folders import FINAL
 from pretraining.files import INCOMPLETE
 from pretraining.hub import create_repository, hub_errors_as_user_errors
 from pretraining.model_card import CARD
-from pretraining.position import Position
-from pretraining.run_files import PLOTS
 
 WEIGHTS = "model.safetensors"
 CONFIG, CODE = "config.json", "modeling_gpt2scratch.py"
@@ -74,17 +69,17 @@ def push(folder: Path, repo_id: str, private: bool, message: str, license: str |
     Raises:
         UserError: if card or weights cannot be read, or the Hub refuses or cannot be reached. There is no half of it.
     """
-    for path in published(folder):
+    files = published(folder)
+    for path in files:
         if path.suffix == ".safetensors":
             _check_weights(path)
     text = read_card(folder)
-    card = renamed_card(text, repo_id, license)
-    if str(folder.resolve()) in card.text:
+    if str(folder.resolve()) in renamed_card(text, repo_id, license).text:
         raise UserError(f"{folder / CARD} tells a path of this machine, {folder.resolve()}: take it out")
-    repo_id = create_repository(repo_id, private)
+    repo_id = create_repository(repo_id, private)  # its whole name
     card = renamed_card(text, repo_id, license)
     with hub_errors_as_user_errors(repo_id):
-        operations = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in published(folder)]
+        operations = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files]
         operations.append(CommitOperationAdd(CARD, str(card).encode()))
         commit = HfApi().create_commit(repo_id, operations, commit_message=message)
     return f"{repo_id}, revision {commit.oid}"
@@ -133,73 +128,3 @@ def _check_weights(path: Path) -> None:
             pass
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} is damaged, and is not published: {one_line(error)}") from None
-
-
-class CheckpointPublisher:
-    """
-    Publishes checkpoints while training goes on. One at a time: a checkpoint that is saved while another one is on its
-    way is passed over, as the next one will bring what is newer. What fails is told, and tried again by the next one.
-
-    Args:
-        complete: writes into a copy of a checkpoint, given its position, what it lacks; see `write_companions`.
-        say: tells the person a line.
-    """
-
-    def __init__(
-        self,
-        output_dir: Path,
-        repo_id: str,
-        private: bool,
-        complete: Callable[[Path, Position], None],
-        say: Callable[[str], None],
-    ):
-        self.output_dir = output_dir
-        self.repo_id = repo_id
-        self.private = private
-        self.complete = complete
-        self.say = say
-        self._thread: threading.Thread | None = None
-
-    def __call__(self, checkpoint: Path, position: Position) -> None:
-        """Begin to publish a checkpoint that was just written; other threads may delete it from then on."""
-        if self._thread is not None and self._thread.is_alive():
-            return
-        staged = self.output_dir / (HUB + INCOMPLETE)
-        try:
-            shutil.rmtree(staged, ignore_errors=True)
-            staged.mkdir()
-            for path in published(checkpoint):
-                _keep(path, staged / path.name)
-            self.complete(staged, position)
-            (staged / PLOTS).mkdir()
-            for path in (self.output_dir / PLOTS).glob("*.png"):
-                shutil.copyfile(path, staged / PLOTS / path.name)
-        except Exception as error:  # whatever it is, the checkpoint is there, and training goes on
-            self.say(f"warning: {checkpoint} is not published: {one_line(error)}")
-            return
-        # A daemon: a run that is stopped does not wait for the Hub, where the commit is made as a whole or not at all.
-        self._thread = threading.Thread(target=self._push, args=(staged, step_of(checkpoint)), daemon=True)
-        self._thread.start()
-
-    def wait(self) -> None:
-        """Until what is on its way is there: what is pushed next has to come after it."""
-        if self._thread is not None:
-            self._thread.join()
-
-    def _push(self, staged: Path, step: int) -> None:
-        try:
-            address = push(staged, self.repo_id, self.private, f"Step {step:,}")
-            self.say(f"step {step} is published as {address}")
-        except Exception as error:
-            self.say(f"warning: {one_line(error)}; step {step} is not published, training goes on")
-        finally:
-            shutil.rmtree(staged, ignore_errors=True)
-
-
-def _keep(source: Path, target: Path) -> None:
-    """A file that is there when `source` is deleted: of the weights without a copy, if the file system can."""
-    if source.name == WEIGHTS:  # of others some are written anew, in place
-        with contextlib.suppress(OSError):
-            os.link(source, target)
-            return
-    shutil.copyfile(source, target)

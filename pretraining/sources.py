@@ -192,7 +192,7 @@ def download(source: Source, state: PartialState) -> Path:
     Raises:
         UserError: if there is none of that name, or it is not packed.
     """
-    name, problem, revision = source.name, None, source.dataset_revision
+    name, problem, revision = str(source.dataset_name), None, source.dataset_revision
     if state.is_local_main_process:
         try:
             revision = HfApi().dataset_info(name, revision=revision).sha

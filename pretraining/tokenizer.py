@@ -41,15 +41,12 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> PreTrainedToke
     )
 
 
-def load_tokenizer(name_or_path: str | Path, fingerprint: str | None = None) -> PreTrainedTokenizerBase:
+def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
     """
     A tokenizer on the Hub or in a folder.
 
-    Args:
-        fingerprint: what `tokenizer_fingerprint` has to be, if that is known.
-
     Raises:
-        UserError: if it cannot be loaded, has no end-of-text token or another fingerprint.
+        UserError: if it cannot be loaded, or has no end-of-text token.
     """
     import modeling_gpt2scratch  # noqa: F401  so that a folder trained here needs no remote code to be known
 
@@ -63,8 +60,6 @@ def load_tokenizer(name_or_path: str | Path, fingerprint: str | None = None) -> 
         raise UserError(f"the tokenizer {name_or_path} has no tokenizer.json: only fast tokenizers can be used")
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer {name_or_path} has no end-of-text token, which goes between documents")
-    if fingerprint is not None and tokenizer_fingerprint(tokenizer) != fingerprint:
-        raise UserError(f"{name_or_path} is not the tokenizer that the data was made with: its vocabulary is another")
     return tokenizer
 
 

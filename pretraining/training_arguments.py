@@ -11,7 +11,7 @@ from pretraining.hub import problems_of_repository
 from pretraining.identity import CHANGEABLE
 from pretraining.mixture import Source, SourceOrder, parse_mixture
 from pretraining.model_card import problems_of_license
-from pretraining.optim import LRSchedulerType
+from pretraining.optim import LRSchedulerType, Optim
 
 AT_LEAST_ONE = """block_size per_device_train_batch_size gradient_accumulation_steps tokens_per_step max_steps
     logging_steps eval_steps eval_iters hellaswag_steps sample_steps save_steps save_total_limit
@@ -87,7 +87,7 @@ class OptimizationFlags:
     tokens_per_step: int | None = flag(
         None, "tokens of all processes in an optimizer step, instead of the accumulation"
     )
-    optim: Literal["adamw", "muon"] = flag("adamw", "the optimizer")
+    optim: Optim = flag("adamw", "the optimizer")
     learning_rate: float = flag(6e-4, "peak learning rate")
     lr_scheduler_type: LRSchedulerType = flag("cosine_with_min_lr", "the learning rate's course")
     warmup_steps: int = flag(0, "steps of linear warm-up to the peak")
