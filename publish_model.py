@@ -32,7 +32,7 @@ from pretraining.files import folder_in_progress
 from pretraining.hub import create_repository, problems_of_repository
 from pretraining.model_card import CARD, problems_of_license, title_of
 from pretraining.run_files import PLOTS, TRAINING_ARGS
-from pretraining.usage import Format
+from pretraining.usage import ConvertedFormat
 
 PACKAGES = {"gguf": ("gguf",), "onnx": ("onnx", "onnxscript")}  # of the extras of these names
 # What a converted model's folder may hold, whole or not.
@@ -46,7 +46,7 @@ class FormatFlags:
     _argument_group_name = "model, and the format to write it in"
 
     model_name_or_path: str = flag(None, "the run folder, or another folder with a model (required)")
-    format: Literal["gpt2", "gguf", "onnx"] | None = flag(None, "write it in this format; as it is if left out")
+    format: ConvertedFormat | None = flag(None, "write it in this format; as it is if left out")
     output_dir: str | None = flag(None, "with --format: where to write it")
     outtype: Literal["f32", "f16", "bf16", "q8_0"] = flag("f32", "with --format gguf: the type of the matrices")
 
@@ -130,7 +130,7 @@ def main() -> None:
         print(f"published as {publish.push(output_dir, repo_id, args.hub_private_repo, message, args.license)}")
 
 
-def convert(args: PublishArguments, format: Format, folder: Path, output_dir: Path) -> None:
+def convert(args: PublishArguments, format: ConvertedFormat, folder: Path, output_dir: Path) -> None:
     """
     Write the model in another format, with tokenizer, card and plots.
 

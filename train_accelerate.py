@@ -51,6 +51,7 @@ from pretraining.launch import (
     open_state,
 )
 from pretraining.memory import fit_into_memory, flags_for
+from pretraining.metrics import read_metrics
 from pretraining.model_card import duration
 from pretraining.models import attention_on, build_model, check_fit, load_config
 from pretraining.optim import build_optimizers, learning_rate_factor, parameter_groups, set_learning_rate
@@ -62,10 +63,10 @@ from pretraining.run_card import RunCard
 from pretraining.run_files import EVENTS
 from pretraining.run_folder import open_run_folder, write_arguments
 from pretraining.run_publishing import CheckpointPublisher, open_repository, publish_run, try_to_publish_run
-from pretraining.runlog import RunLog, read_metrics, send_unsent
+from pretraining.runlog import RunLog, send_unsent
 from pretraining.signals import STOPPED, StopSignals, follow_launcher, kill_workers
 from pretraining.sources import Batches, TrainingData, open_packed
-from pretraining.split import Split, accumulation_steps
+from pretraining.step_split import StepSplit, accumulation_steps
 from pretraining.steps import StepResult, suspects, train_step
 from pretraining.tokenizer import tokenizer_fingerprint
 from pretraining.training_arguments import TrainArguments
@@ -116,7 +117,7 @@ class Setup:
     accelerator: Accelerator
     config: PreTrainedConfig
     data: TrainingData
-    split: Split
+    split: StepSplit
     identity: dict
     hellaswag: list[EncodedItem]
     repo_id: str | None
@@ -165,7 +166,7 @@ def prepare(args: TrainArguments, state: PartialState, signals: StopSignals, wat
     repo_id = open_repository(args, state) if args.push_to_hub else None
     accumulation = accumulation_steps(args, data.block_size, state.num_processes)
     accelerator = open_accelerator(state, accumulation, args.torch_compile, args.optim)
-    split = Split(
+    split = StepSplit(
         batch_size=args.per_device_train_batch_size,
         gradient_accumulation_steps=accumulation,
         num_processes=state.num_processes,
@@ -180,7 +181,19 @@ def prepare(args: TrainArguments, state: PartialState, signals: StopSignals, wat
         binding=data.binding(split),
         tokens_per_step=split.rows_per_step * data.block_size,
     )
-    return Setup(args, accelerator, config, data, split, run_identity, hellaswag, repo_id, None, signals, watchdog)
+    return Setup(
+        args=args,
+        accelerator=accelerator,
+        config=config,
+        data=data,
+        split=split,
+        identity=run_identity,
+        hellaswag=hellaswag,
+        repo_id=repo_id,
+        checkpoint=None,
+        signals=signals,
+        watchdog=watchdog,
+    )
 
 
 def send_what_was_not_sent(setup: Setup) -> None:
@@ -293,7 +306,7 @@ def resume(
 
 
 @contextmanager
-def out_of_memory_explained(args: TrainArguments, split: Split, run: Run) -> Iterator[None]:
+def out_of_memory_explained(args: TrainArguments, split: StepSplit, run: Run) -> Iterator[None]:
     """
     Raises:
         ProcessError: where memory runs out, with what takes less.
@@ -348,7 +361,7 @@ class Training:
     run: Run
     model: nn.Module
     optimizers: list[Optimizer]
-    split: Split
+    split: StepSplit
     batches: Batches
     log: RunLog
     writer: CheckpointWriter

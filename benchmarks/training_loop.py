@@ -29,9 +29,9 @@ from pretraining import hardware
 from pretraining.arguments import flag, parse_arguments, run_script
 from pretraining.data import open_data_folder
 from pretraining.markdown import table
+from pretraining.metrics import read_metrics
 from pretraining.models import attention_on, build_model, load_config
 from pretraining.optim import build_optimizers
-from pretraining.runlog import read_metrics
 from pretraining.tokenizer import load_tokenizer
 
 SCRIPT = Path(__file__).resolve().parent.parent / "train_accelerate.py"

@@ -12,18 +12,18 @@ from yaml import YAMLError
 from pretraining.arguments import UserError, one_line
 from pretraining.files import write_text
 from pretraining.model_card import CARD, USE, title_of
-from pretraining.usage import Format, example_prompt, quoted, usage
+from pretraining.usage import ConvertedFormat, example_prompt, quoted, usage
 
 STRING = r'"(?:[^"\\\n]|\\.)*"'  # between quotes, with escapes
 USE_SECTION = re.compile(rf"^{USE}$.*?(?=^## |\Z)", flags=re.M | re.S)  # up to the next heading
-NAMES = {"gpt2": "a stock GPT-2", "gguf": "GGUF", "onnx": "ONNX"}
-LIBRARY = {"gpt2": "transformers", "gguf": "gguf", "onnx": "onnx"}
+NAMES: dict[ConvertedFormat, str] = {"gpt2": "a stock GPT-2", "gguf": "GGUF", "onnx": "ONNX"}
+LIBRARY: dict[ConvertedFormat, str] = {"gpt2": "transformers", "gguf": "gguf", "onnx": "onnx"}
 
 
 def converted_card(
     text: str | None,
     folder: Path,
-    format: Format,
+    format: ConvertedFormat,
     config: PreTrainedConfig,
     outtype: str = "f32",
     license: str | None = None,

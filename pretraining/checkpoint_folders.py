@@ -18,9 +18,9 @@ from pathlib import Path
 
 from pretraining.arguments import UserError
 from pretraining.files import INCOMPLETE, sha256_of, sync, write_text
+from pretraining.metrics import read_metrics
 from pretraining.position import POSITION_FILE
 from pretraining.run_files import EVENTS, IDENTITY, METRICS, TRAINING_ARGS, UNSENT
-from pretraining.runlog import read_metrics
 
 MANIFEST = "manifest.json"
 FILES = ("config.json", "model.safetensors", "optimizer.pt", "rng.pt", POSITION_FILE)

@@ -1,14 +1,14 @@
 """What is known of a step that went wrong, for people to look at: where it happened, and on which rows."""
 
-import math
 from textwrap import shorten
 
 import torch
 from accelerate.utils import gather_object
 
 from pretraining.anomalies import NOT_FINITE, WINDOW, Anomalies
+from pretraining.metrics import finite
 from pretraining.sources import TrainingData
-from pretraining.split import Split
+from pretraining.step_split import StepSplit
 from pretraining.steps import StepResult
 
 SHOWN_TOKENS, SHOWN_ROWS = 32, 8
@@ -21,7 +21,7 @@ def describe(
     to_blame: list[int],
     rows: list[torch.Tensor],
     data: TrainingData,
-    split: Split,
+    split: StepSplit,
     seed: int,
 ) -> dict:
     """
@@ -70,11 +70,6 @@ def sentence(event: dict) -> str:
     return (
         f"step {event['step']}: {what} ({where or 'on no process when computed again'}), its update {event['update']}"
     )
-
-
-def finite(value: float) -> float | None:
-    """JSON has no word for what is not finite."""
-    return value if math.isfinite(value) else None
 
 
 def _first(values: list) -> str:

@@ -12,7 +12,7 @@ from torch import nn
 from pretraining.arguments import UserError
 from pretraining.inputs import ModelInputs
 from pretraining.launch import is_sharded
-from pretraining.split import Split
+from pretraining.step_split import StepSplit
 from pretraining.training_arguments import TrainArguments
 
 
@@ -22,8 +22,8 @@ def fit_into_memory(
     model: nn.Module,
     model_inputs: ModelInputs,
     block_size: int,
-    split: Split,
-) -> Split:
+    split: StepSplit,
+) -> StepSplit:
     """
     The split, or with --auto_batch_size one of smaller micro-batches that fit into memory, the global batch the same.
 
@@ -50,7 +50,7 @@ def fit_into_memory(
     return split
 
 
-def flags_for(args: TrainArguments, split: Split, batch_size: int) -> str:
+def flags_for(args: TrainArguments, split: StepSplit, batch_size: int) -> str:
     """The flags by which micro-batches of `batch_size`, which divides the split's, make up the same global batch."""
     accumulation = split.with_batch_size(batch_size).gradient_accumulation_steps
     flags = f"--per_device_train_batch_size {batch_size}"

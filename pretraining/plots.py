@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pretraining.files import INCOMPLETE
+from pretraining.metrics import read_metrics
 from pretraining.reference_scores import HELLASWAG_ACC_NORM
 from pretraining.run_files import PLOTS
-from pretraining.runlog import read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

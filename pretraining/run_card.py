@@ -11,9 +11,9 @@ from huggingface_hub import ModelCard
 from transformers import PreTrainedConfig
 
 from pretraining import hardware, publish
+from pretraining.metrics import read_metrics
 from pretraining.model_card import HELLASWAG, LICENSE, RunRecord, model_card
 from pretraining.position import Position
-from pretraining.runlog import read_metrics
 from pretraining.sources import TrainingData
 from pretraining.training_arguments import TrainArguments
 

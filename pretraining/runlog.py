@@ -13,13 +13,12 @@ from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, TrackioTracker, WandBTracker
 from tqdm import tqdm
 
-from pretraining.arguments import ProcessError, one_line
+from pretraining.arguments import one_line
 from pretraining.files import write_text
-from pretraining.incidents import finite
+from pretraining.metrics import CLOCK, append_line, finite, read_metrics, truncate
 from pretraining.run import Run
 from pretraining.run_files import EVENTS, METRICS, UNSENT
 
-CLOCK = ("step", "tokens", "elapsed_seconds")  # of every line
 PROJECT = "gpt2scratch"
 # What a run that was cut short had sent after its checkpoint, tensorboard drops; the others keep both.
 TRACKERS: dict[str, Callable[[Path, int], GeneralTracker]] = {
@@ -57,7 +56,7 @@ class RunLog:
         self.unsent: dict[str, int] = {}
         if self.is_main:
             for name in (METRICS, EVENTS):
-                _truncate(output_dir / name, first_step, is_due)
+                truncate(output_dir / name, first_step, is_due)
             self.unsent = _read_unsent(output_dir)
             # They take numbers, words and booleans, not lists or None.
             settings = {
@@ -88,7 +87,7 @@ class RunLog:
         if not self.is_main:
             return
         clock = dict(zip(CLOCK, (run.step, run.tokens, round(run.elapsed_seconds, 3)), strict=True))
-        self._append(METRICS, clock | {key: finite(value) for key, value in values.items()})
+        append_line(self.output_dir / METRICS, clock | {key: finite(value) for key, value in values.items()})
         for name, tracker in list(self.trackers.items()):
             if not self.attempt(name, partial(tracker.log, values, step=run.step)):
                 self._note_unsent(name, run.step - 1)
@@ -96,14 +95,7 @@ class RunLog:
     def event(self, event: dict) -> None:
         """Append a line to events.jsonl."""
         if self.is_main:
-            self._append(EVENTS, event)
-
-    def _append(self, name: str, values: dict) -> None:
-        try:
-            with open(self.output_dir / name, "a", encoding="utf-8") as file:
-                file.write(json.dumps(values) + "\n")
-        except OSError as error:  # of the last checkpoint, all is there
-            raise ProcessError(f"{self.output_dir / name} cannot be written: {error.strerror}") from error
+            append_line(self.output_dir / EVENTS, event)
 
     def progress(self, step: int, **postfix: str) -> None:
         self.bar.update(step - self.bar.n)
@@ -158,15 +150,6 @@ def send_unsent(
             log.write(f"sent: {', '.join(log.trackers) or 'nothing'}")
 
 
-def read_metrics(output_dir: Path) -> list[dict]:
-    """The lines of metrics.jsonl, but for a last one that is just being written."""
-    path = output_dir / METRICS
-    if not path.is_file():
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
 def _read_unsent(output_dir: Path) -> dict[str, int]:
     path = output_dir / UNSENT
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
@@ -177,22 +160,3 @@ def _write_unsent(output_dir: Path, unsent: dict[str, int]) -> None:
         write_text(output_dir / UNSENT, json.dumps(unsent) + "\n")
     else:
         (output_dir / UNSENT).unlink(missing_ok=True)
-
-
-def _truncate(path: Path, last_step: int, is_due: bool) -> None:
-    """
-    Drop the lines after `last_step`, those of its evaluations if they are still due, and a last line that a killed run
-    left unfinished.
-    """
-    if not path.is_file():
-        return
-    kept = []
-    for text in path.read_text(encoding="utf-8").splitlines():
-        try:
-            line = json.loads(text)
-        except json.JSONDecodeError:
-            continue
-        is_evaluation = "eval_loss" in line or "hellaswag_n" in line
-        if line["step"] < last_step or (line["step"] == last_step and not (is_due and is_evaluation)):
-            kept.append(text + "\n")
-    write_text(path, "".join(kept))

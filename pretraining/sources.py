@@ -22,7 +22,7 @@ from pretraining.data import DataFolder, PackedDataset, RowOrder, concatenate, o
 from pretraining.launch import on_every_process
 from pretraining.mixture import Source
 from pretraining.shards import read_data_folder
-from pretraining.split import Split
+from pretraining.step_split import StepSplit
 from pretraining.tokenizer import load_tokenizer, tokenizer_fingerprint
 
 DEFAULT_BLOCK_SIZE = 1024  # where neither the data nor a flag says: GPT-2's
@@ -69,11 +69,11 @@ class TrainingData:
         """What the sources are, in a line."""
         return ", ".join(f"{source['name']} (revision {source['revision']})" for source in self.sources)
 
-    def binding(self, split: Split) -> dict:
+    def binding(self, split: StepSplit) -> dict:
         """What has to be the same for a checkpoint's position to mean the same, beyond the global batch."""
         return {}
 
-    def batches(self, split: Split, seed: int, first_step: int, position: dict | None) -> Batches:
+    def batches(self, split: StepSplit, seed: int, first_step: int, position: dict | None) -> Batches:
         """
         Those from `first_step` on.
 
@@ -82,7 +82,7 @@ class TrainingData:
         """
         raise NotImplementedError
 
-    def row_numbers(self, split: Split, seed: int, step: int, micro_step: int) -> list[int] | None:
+    def row_numbers(self, split: StepSplit, seed: int, step: int, micro_step: int) -> list[int] | None:
         """Which rows a micro-batch of one process has; None for a stream, whose rows have no numbers."""
         return None
 
@@ -92,14 +92,14 @@ class PackedData(TrainingData):
     folders: list[DataFolder] = field(default_factory=list)
     weights: list[float] = field(default_factory=list)
 
-    def batches(self, split: Split, seed: int, first_step: int, position: dict | None) -> Batches:
+    def batches(self, split: StepSplit, seed: int, first_step: int, position: dict | None) -> Batches:
         rows = concatenate([folder.train for folder in self.folders])
         return PackedBatches(training_batches(rows, self._order(split, seed, first_step), split.num_workers))
 
-    def row_numbers(self, split: Split, seed: int, step: int, micro_step: int) -> list[int]:
+    def row_numbers(self, split: StepSplit, seed: int, step: int, micro_step: int) -> list[int]:
         return self._order(split, seed).rows(step, micro_step)
 
-    def _order(self, split: Split, seed: int, first_step: int = 0) -> RowOrder:
+    def _order(self, split: StepSplit, seed: int, first_step: int = 0) -> RowOrder:
         return RowOrder(
             num_rows=[len(folder.train) for folder in self.folders],
             batch_size=split.batch_size,

@@ -32,7 +32,7 @@ class RowStream:
     Endless rows of one consumer's share of one source, epoch after epoch, each an array (block_size,).
 
     Args:
-        held_out: percentage of the documents that is for validation, and left out here.
+        validation_percentage: percentage of the documents that is for validation, and left out here.
         share: (index, count) of the consumers.
         position: what `position()` gave after the row before the first one that is wanted.
     """
@@ -42,7 +42,7 @@ class RowStream:
         corpus: Corpus,
         tokenizer: PreTrainedTokenizerBase,
         block_size: int,
-        held_out: int,
+        validation_percentage: int,
         share: tuple[int, int],
         seed: int,
         position: dict | None = None,
@@ -50,7 +50,7 @@ class RowStream:
         self.corpus = corpus
         self.tokenizer = tokenizer
         self.block_size = block_size
-        self.held_out = held_out
+        self.validation_percentage = validation_percentage
         self.share = share
         self.seed = seed
         self._encoder: Encoder | None = None
@@ -98,8 +98,8 @@ class RowStream:
             self._start_epoch(self._epoch + 1, None)
             return
         self._next_upstream = self._share.state_dict()
-        if self.held_out:
-            texts = [text for text in texts if not is_for_validation(text, self.held_out)]
+        if self.validation_percentage:
+            texts = [text for text in texts if not is_for_validation(text, self.validation_percentage)]
         if texts:
             self._is_dry = False
             self._encoder = self._encoder or Encoder(self.tokenizer, texts)
@@ -125,7 +125,7 @@ class PackedStream(IterableDataset):
         tokenizer: PreTrainedTokenizerBase,
         block_size: int,
         batch_size: int,
-        held_out: list[int],
+        validation_percentages: list[int],
         process: tuple[int, int],
         seed: int,
         positions: list[dict | None],
@@ -136,7 +136,7 @@ class PackedStream(IterableDataset):
         self.tokenizer = tokenizer
         self.block_size = block_size
         self.batch_size = batch_size
-        self.held_out = held_out
+        self.validation_percentages = validation_percentages
         self.process = process
         self.seed = seed
         self.positions = positions
@@ -157,8 +157,10 @@ class PackedStream(IterableDataset):
         beginning: dict[str, Any] = {"rows": 0, "sources": [None] * len(self.corpora)}
         position = self.positions[consumer] or beginning  # None: it has not had its first turn yet
         streams = [
-            RowStream(corpus, self.tokenizer, self.block_size, held_out, share, self.seed, at)
-            for corpus, held_out, at in zip(self.corpora, self.held_out, position["sources"], strict=True)
+            RowStream(corpus, self.tokenizer, self.block_size, percentage, share, self.seed, at)
+            for corpus, percentage, at in zip(
+                self.corpora, self.validation_percentages, position["sources"], strict=True
+            )
         ]
         order = SourceOrder(self.weights, [self.seed, share[0]])
         first = position["rows"]

@@ -13,7 +13,7 @@ from pretraining.held_out import is_for_validation
 from pretraining.mixture import Source
 from pretraining.shards import TokenRows
 from pretraining.sources import DEFAULT_BLOCK_SIZE, Batches, TrainingData, digest, with_shares
-from pretraining.split import Split
+from pretraining.step_split import StepSplit
 from pretraining.stream import PackedStream, StreamBatches
 from pretraining.tokenizer import load_tokenizer, tokenizer_fingerprint
 
@@ -24,10 +24,10 @@ VALIDATION_TOKENS = 1 << 19  # at most: it is read again at each start, at 5 % o
 class StreamedData(TrainingData):
     stream: dict = field(default_factory=dict)  # arguments of PackedStream
 
-    def binding(self, split: Split) -> dict:
+    def binding(self, split: StepSplit) -> dict:
         return {"num_processes": split.num_processes, "dataloader_num_workers": split.num_workers}
 
-    def batches(self, split: Split, seed: int, first_step: int, position: dict | None) -> Batches:
+    def batches(self, split: StepSplit, seed: int, first_step: int, position: dict | None) -> Batches:
         def make_stream(positions: list[dict | None], first_consumer: int) -> PackedStream:
             return PackedStream(
                 **self.stream,
@@ -57,22 +57,22 @@ def open_streams(
     opened = [open_texts(source) for source in sources]
     corpora = [corpus for corpus, _ in opened]
     validation = [apart or corpus for corpus, apart in opened]
-    held_out = [0 if apart else validation_split_percentage for _, apart in opened]
+    validation_percentages = [0 if apart else validation_split_percentage for _, apart in opened]
     weights = [source.weight for source in sources]
     descriptions = [corpus.description for corpus in corpora]
-    identity = [descriptions, weights, held_out, [corpus.text_column for corpus in corpora], block_size]
+    identity = [descriptions, weights, validation_percentages, [corpus.text_column for corpus in corpora], block_size]
     return StreamedData(
         tokenizer=tokenizer,
         block_size=block_size,
-        validation=validation_rows(validation, held_out, tokenizer, block_size),
+        validation=validation_rows(validation, validation_percentages, tokenizer, block_size),
         sources=with_shares(descriptions, weights),
         fingerprint=digest([*identity, tokenizer_fingerprint(tokenizer)]),
-        stream={"corpora": corpora, "weights": weights, "held_out": held_out},
+        stream={"corpora": corpora, "weights": weights, "validation_percentages": validation_percentages},
     )
 
 
 def validation_rows(
-    corpora: list[Corpus], held_out: list[int], tokenizer: PreTrainedTokenizerBase, block_size: int
+    corpora: list[Corpus], validation_percentages: list[int], tokenizer: PreTrainedTokenizerBase, block_size: int
 ) -> PackedDataset:
     """
     The first documents that training leaves out, `VALIDATION_TOKENS` of them, from each source as many.
@@ -81,7 +81,7 @@ def validation_rows(
         UserError: if there is not enough text for one row.
     """
     tokens, documents, size = [], 0, 0
-    for corpus, percentage in zip(corpora, held_out, strict=True):
+    for corpus, percentage in zip(corpora, validation_percentages, strict=True):
         limit, encoder, read = VALIDATION_TOKENS // len(corpora), None, 0
         for texts in corpus.batches():
             texts = [text for text in texts if not percentage or is_for_validation(text, percentage)]

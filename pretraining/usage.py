@@ -6,7 +6,8 @@ from typing import Literal
 
 from transformers import PreTrainedConfig
 
-Format = Literal["gpt2scratch", "gpt2", "gguf", "onnx"]
+ConvertedFormat = Literal["gpt2", "gguf", "onnx"]
+Format = Literal["gpt2scratch", ConvertedFormat]
 
 PIPELINE = """```python
 from transformers import pipeline

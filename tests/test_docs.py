@@ -20,7 +20,7 @@ import pytest
 import yaml
 from accelerate.commands.launch import launch_command_parser
 from conftest import REPOSITORY, make_documents, run, script, succeed
-from hellaswag_items import generated_records, write_items
+from generated_items import generated_records, write_items
 from hub_server import Hub
 from processes import run_ranks
 from transformers import GPT2Config, GPT2LMHeadModel

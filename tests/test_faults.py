@@ -37,7 +37,7 @@ from pretraining.checkpoint_folders import complete_checkpoints, verify
 from pretraining.data import RowOrder, open_data_folder
 from pretraining.memory import flags_for
 from pretraining.signals import STOPPED
-from pretraining.split import Split
+from pretraining.step_split import StepSplit
 from pretraining.training_arguments import TrainArguments
 
 # Rows 1, 3: signals, and going on to the same end
@@ -404,7 +404,7 @@ def test_what_does_not_fit_into_memory_is_told_with_what_does_and_halved_if_aske
 
 
 def test_of_tokens_per_step_the_advice_names_no_accumulation_which_it_works_out():
-    split = Split(8, gradient_accumulation_steps=3, num_processes=2, process_index=0, num_workers=0)
+    split = StepSplit(8, gradient_accumulation_steps=3, num_processes=2, process_index=0, num_workers=0)
     flags = {tokens: flags_for(TrainArguments(tokens_per_step=tokens), split, 4) for tokens in (None, 48 * 32)}
     assert flags[None] == "--per_device_train_batch_size 4 with --gradient_accumulation_steps 6"
     assert flags[48 * 32] == "--per_device_train_batch_size 4"

@@ -6,7 +6,7 @@ import lm_eval.tasks
 import pytest
 import torch
 import yaml
-from hellaswag_items import TEXT, generated_records, write_items
+from generated_items import TEXT, generated_records, write_items
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from transformers import GPT2Config, GPT2LMHeadModel

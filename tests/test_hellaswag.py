@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import script, succeed
-from hellaswag_items import TEXT, generated_records, write_items
+from generated_items import TEXT, generated_records, write_items
 from hub_server import Hub
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from processes import run_ranks

@@ -19,7 +19,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from conftest import REPOSITORY, TINY, metrics, run, script, succeed, train
-from hellaswag_items import generated_records, write_items
+from generated_items import generated_records, write_items
 from hub_server import Hub
 from huggingface_hub import ModelCard
 from safetensors.torch import load

@@ -15,7 +15,7 @@ import yaml
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
 from conftest import REPOSITORY, TINY, metrics, run, script, succeed
-from hellaswag_items import generated_records, write_items
+from generated_items import generated_records, write_items
 from processes import free_port, run_ranks, start
 from safetensors.torch import load_file
 from tiny_models import tiny_model

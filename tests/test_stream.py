@@ -18,7 +18,7 @@ from pretraining.arguments import UserError, parse_arguments
 from pretraining.corpus import local_corpus
 from pretraining.held_out import is_for_validation
 from pretraining.mixture import Source
-from pretraining.split import Split
+from pretraining.step_split import StepSplit
 from pretraining.stream import RowStream
 from pretraining.streamed_data import open_streams
 from pretraining.tokenizer import load_tokenizer, train_tokenizer
@@ -69,7 +69,7 @@ def test_a_stream_continued_from_any_position_gives_the_rows_of_an_uninterrupted
     data = open_texts(texts, tokenizer_dir)
     length = 500 // num_processes  # more than an epoch of either source
     for process in range(num_processes):
-        split = Split(8, 1, num_processes, process, num_workers)
+        split = StepSplit(8, 1, num_processes, process, num_workers)
         stream = data.batches(split, seed=7, first_step=0, position=None)
         batches, positions = [], []
         for _ in range(length):
@@ -132,7 +132,7 @@ def test_rows_are_the_documents_end_to_end_with_nothing_lost_between_reads(texts
 
 def test_the_mixture_has_the_weights_that_were_given(texts, tokenizer_dir):
     data = open_texts(texts, tokenizer_dir)
-    stream = data.batches(Split(8, 1, 1, 0, 0), seed=7, first_step=0, position=None)
+    stream = data.batches(StepSplit(8, 1, 1, 0, 0), seed=7, first_step=0, position=None)
     for _ in range(128):
         next(stream)
     first, second = stream.position()["consumers"][0]["sources"]

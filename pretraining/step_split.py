@@ -7,7 +7,7 @@ from pretraining.training_arguments import TrainArguments
 
 
 @dataclass(frozen=True)
-class Split:
+class StepSplit:
     """How a global batch is divided."""
 
     batch_size: int
@@ -20,7 +20,7 @@ class Split:
     def rows_per_step(self) -> int:
         return self.batch_size * self.gradient_accumulation_steps * self.num_processes
 
-    def with_batch_size(self, batch_size: int) -> "Split":
+    def with_batch_size(self, batch_size: int) -> "StepSplit":
         """The same global batch in micro-batches of `batch_size`, which divides that of now."""
         accumulation = self.gradient_accumulation_steps * self.batch_size // batch_size
         return replace(self, batch_size=batch_size, gradient_accumulation_steps=accumulation)
