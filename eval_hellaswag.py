@@ -61,7 +61,7 @@ from pretraining.hellaswag_items import (
 )
 from pretraining.launch import check_launch
 from pretraining.loglikelihood import loglikelihoods, takes_trees, token_tree
-from pretraining.model_card import HELLASWAG, hellaswag_results
+from pretraining.model_card import CARD, HELLASWAG, hellaswag_results
 
 if TYPE_CHECKING:
     from evaluate import EvaluationModule
@@ -118,8 +118,8 @@ class HellaSwagArguments(ResultFlags, ScoringFlags):
             found.append(f"--model_revision is for a model on the Hub, {self.model_name_or_path} is a folder")
         elif self.update_model_card and self.model_revision:
             found.append("--update_model_card is for the newest revision of a model, not for a --model_revision")
-        if self.update_model_card and is_folder and not (Path(self.model_name_or_path) / "README.md").is_file():
-            found.append(f"--update_model_card: {self.model_name_or_path} has no README.md")
+        if self.update_model_card and is_folder and not (Path(self.model_name_or_path) / CARD).is_file():
+            found.append(f"--update_model_card: {self.model_name_or_path} has no {CARD}")
         return found
 
     def source(self) -> str:

@@ -30,10 +30,10 @@ from pretraining.hardware import usable_cores
 from pretraining.held_out import split_documents
 from pretraining.mixture import Source
 from pretraining.publish_data import push_dataset
-from pretraining.shards import FORMAT_VERSION, ShardWriter, read_data_folder
+from pretraining.shards import DATASET_FILE, FORMAT_VERSION, ShardWriter, read_data_folder
 from pretraining.tokenizer import SMALLEST_VOCABULARY, load_tokenizer, tokenizer_fingerprint, train_tokenizer
 
-CONTENTS = {"train", "validation", "tokenizer", "dataset.json", "README.md"}
+CONTENTS = {"train", "validation", "tokenizer", DATASET_FILE, "README.md"}
 TOKENIZER_TRAINING_CHARACTERS = 1 << 30  # more text does not change which pairs are frequent
 COMPRESSION_LIMIT_BYTES = 2 << 20  # xz -9 takes a second for this much
 # Flags that do not decide what a data folder holds, or are recorded as its source.
@@ -158,7 +158,7 @@ def prepare(
             "settings": args.settings(),
             "splits": splits,
         }
-        (folder / "dataset.json").write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
+        (folder / DATASET_FILE).write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
     print(summary(output_dir, info))
 
 
@@ -177,7 +177,7 @@ def already_prepared(output_dir: Path, args: PrepareArguments, source: dict) -> 
     """
     if not output_dir.exists() or (output_dir.is_dir() and not any(output_dir.iterdir())):
         return False
-    if not (output_dir / "dataset.json").is_file():
+    if not (output_dir / DATASET_FILE).is_file():
         raise UserError(f"--output_dir {output_dir} exists and is not a data folder: choose another")
     info = read_data_folder(output_dir)
     wanted = {**args.settings(), "source": source}

@@ -60,7 +60,7 @@ from pretraining.position import Position
 from pretraining.reference_scores import comparable_losses
 from pretraining.run import Run
 from pretraining.run_card import RunCard
-from pretraining.run_files import EVENTS
+from pretraining.run_files import EVENTS, HELLASWAG_PLOT, LOSS_PLOT
 from pretraining.run_folder import open_run_folder, write_arguments
 from pretraining.run_publishing import CheckpointPublisher, open_repository, publish_run, try_to_publish_run
 from pretraining.runlog import RunLog, send_unsent
@@ -553,7 +553,7 @@ class Training:
             references = {name: rate * nats for name, rate in validation.compression_rates.items()}
             names = [source["name"] for source in self.data.sources]
             references |= comparable_losses(names, self.data.tokenizer)
-            self.log.attempt("plots/loss.png", lambda: plot_loss(self.output_dir, references))
+            self.log.attempt(LOSS_PLOT, lambda: plot_loss(self.output_dir, references))
         run.restart_interval()
 
     def log_hellaswag(self) -> None:
@@ -568,7 +568,7 @@ class Training:
                 f"step {self.run.step}: HellaSwag acc {values['hellaswag_acc']:.4f}, "
                 f"acc_norm {values['hellaswag_acc_norm']:.4f} of {values['hellaswag_n']:,} items"
             )
-            self.log.attempt("plots/hellaswag.png", lambda: plot_hellaswag(self.output_dir))
+            self.log.attempt(HELLASWAG_PLOT, lambda: plot_hellaswag(self.output_dir))
         self.run.restart_interval()
 
     def log_samples(self) -> None:

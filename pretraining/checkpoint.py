@@ -39,6 +39,7 @@ from pretraining.checkpoint_folders import checkpoint_folder, commit, mark_best,
 from pretraining.files import INCOMPLETE
 from pretraining.launch import on_main_process
 from pretraining.position import Position
+from pretraining.run_files import WEIGHTS
 
 FULL_STATE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 # What is raised by reading a file that is of another kind than it should be.
@@ -217,7 +218,7 @@ def load_checkpoint(accelerator: Accelerator, folder: Path, model: nn.Module, op
 
 
 def _read_weights(folder: Path, accelerator: Accelerator, model: nn.Module) -> dict[str, torch.Tensor]:
-    weights = load_file(folder / "model.safetensors")
+    weights = load_file(folder / WEIGHTS)
     weights |= {alias: weights[name] for alias, name in _aliases(accelerator, model).items()}
     own = accelerator.unwrap_model(model, keep_torch_compile=False).state_dict()
     if {name: weight.shape for name, weight in weights.items()} != {name: own[name].shape for name in own}:

@@ -20,10 +20,10 @@ from pretraining.arguments import UserError
 from pretraining.files import INCOMPLETE, sha256_of, sync, write_text
 from pretraining.metrics import read_metrics
 from pretraining.position import POSITION_FILE
-from pretraining.run_files import EVENTS, IDENTITY, METRICS, TRAINING_ARGS, UNSENT
+from pretraining.run_files import EVENTS, IDENTITY, METRICS, TRAINING_ARGS, UNSENT, WEIGHTS
 
 MANIFEST = "manifest.json"
-FILES = ("config.json", "model.safetensors", "optimizer.pt", "rng.pt", POSITION_FILE)
+FILES = ("config.json", WEIGHTS, "optimizer.pt", "rng.pt", POSITION_FILE)
 # Names that `checkpoint-*` does not match, by which people and programs look for the newest one.
 BEST = "best-checkpoint"
 ABANDONED = "abandoned-"

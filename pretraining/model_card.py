@@ -9,6 +9,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedConfig
 
 from pretraining.markdown import table
+from pretraining.run_files import HELLASWAG_PLOT, LOSS_PLOT
 from pretraining.usage import example_prompt, usage
 
 CARD = "README.md"
@@ -242,7 +243,7 @@ def _evaluation(record: RunRecord) -> list[str]:
         f"On {part}{validation['bytes']:,} bytes of text ({validation['documents']:,} documents) not trained on"
         + (":" if evaluation["step"] == record.step else f", after step {evaluation['step']:,}:"),
         table(("", "value"), rows),
-        "![Training and validation loss](plots/loss.png)",
+        f"![Training and validation loss]({LOSS_PLOT})",
     ]
     if record.hellaswag is None:
         return sections
@@ -259,7 +260,7 @@ def _evaluation(record: RunRecord) -> list[str]:
         "and llm.c, zero-shot; chance is 0.25; ± one standard error)"
         + (":" if after == record.step else f", after step {after:,}:"),
         table(("", "accuracy"), rows),
-        "![Accuracy on HellaSwag](plots/hellaswag.png)",
+        f"![Accuracy on HellaSwag]({HELLASWAG_PLOT})",
     ]
 
 

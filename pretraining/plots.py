@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from pretraining.files import INCOMPLETE
 from pretraining.metrics import read_metrics
 from pretraining.reference_scores import HELLASWAG_ACC_NORM
-from pretraining.run_files import PLOTS
+from pretraining.run_files import HELLASWAG_PLOT, LOSS_PLOT
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -42,7 +42,7 @@ def plot_loss(output_dir: Path, reference_losses: dict[str, float]) -> None:
     margin = 0.03 * (highest - min(settled)) + 0.02
     axes.set_ylim(min([*settled, *references.values()]) - margin, highest + margin)
     _reference_lines(axes, references)
-    _save(figure, axes, output_dir / PLOTS / "loss.png")
+    _save(figure, axes, output_dir / LOSS_PLOT)
 
 
 def plot_hellaswag(output_dir: Path) -> None:
@@ -55,7 +55,7 @@ def plot_hellaswag(output_dir: Path) -> None:
         axes.plot(tokens, values, color=color, marker="o", markersize=4, label=label)
     _reference_lines(axes, {"chance": 25.0} | HELLASWAG_ACC_NORM)
     axes.set_ylabel(f"HellaSwag, % of {lines[-1]['hellaswag_n']:,} items")
-    _save(figure, axes, output_dir / PLOTS / "hellaswag.png")
+    _save(figure, axes, output_dir / HELLASWAG_PLOT)
 
 
 def _new_figure() -> "tuple[Figure, Axes]":

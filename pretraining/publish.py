@@ -15,8 +15,8 @@ from pretraining.checkpoint_folders import FINAL
 from pretraining.files import INCOMPLETE
 from pretraining.hub import create_repository, hub_errors_as_user_errors
 from pretraining.model_card import CARD
+from pretraining.run_files import WEIGHTS
 
-WEIGHTS = "model.safetensors"
 CONFIG, CODE = "config.json", "modeling_gpt2scratch.py"
 # Of the folder of a run, a checkpoint or an exported model, beside its code and card. No optimizer's state, log, or
 # tracker's file, and nothing else that happens to lie there.

@@ -7,7 +7,7 @@ from huggingface_hub import DatasetCard, DatasetCardData, HfApi
 from pretraining.arguments import UserError
 from pretraining.hub import create_repository, hub_errors_as_user_errors
 from pretraining.markdown import table
-from pretraining.shards import checksum_problem, read_data_folder
+from pretraining.shards import DATASET_FILE, checksum_problem, read_data_folder
 
 
 def push_dataset(folder: Path, repo_id: str, private: bool) -> str:
@@ -28,7 +28,7 @@ def push_dataset(folder: Path, repo_id: str, private: bool) -> str:
             repo_id=repo_id,
             repo_type="dataset",
             folder_path=folder,
-            allow_patterns=["README.md", "dataset.json", "tokenizer/*", *(shard["file"] for shard in shards)],
+            allow_patterns=["README.md", DATASET_FILE, "tokenizer/*", *(shard["file"] for shard in shards)],
             delete_patterns=["*.arrow"],  # of data that was there before
             commit_message="Packed by gpt2scratch",
         )

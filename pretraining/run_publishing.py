@@ -18,7 +18,7 @@ from pretraining.hub import HubRefusal, create_repository
 from pretraining.launch import on_main_process
 from pretraining.model_card import LICENSE, title_of
 from pretraining.position import Position
-from pretraining.run_files import PLOTS
+from pretraining.run_files import PLOTS, WEIGHTS
 from pretraining.training_arguments import TrainArguments
 
 
@@ -135,7 +135,7 @@ class CheckpointPublisher:
 
 def _keep(source: Path, target: Path) -> None:
     """A file that is there when `source` is deleted: of the weights without a copy, if the file system can."""
-    if source.name == publish.WEIGHTS:  # of others some are written anew, in place
+    if source.name == WEIGHTS:  # of others some are written anew, in place
         with contextlib.suppress(OSError):
             os.link(source, target)
             return

@@ -13,6 +13,7 @@ import pyarrow as pa
 from pretraining.arguments import UserError
 from pretraining.files import sha256_of
 
+DATASET_FILE = "dataset.json"  # what describes a data folder
 FORMAT_VERSION = 1
 ROWS_PER_RECORD_BATCH = 1024
 
@@ -121,7 +122,7 @@ def read_data_folder(folder: Path) -> dict:
     Raises:
         UserError: if there is none, or it is of a format that this version cannot read.
     """
-    path = Path(folder) / "dataset.json"
+    path = Path(folder) / DATASET_FILE
     if not path.is_file():
         raise UserError(f"{folder} is not a data folder, it has no dataset.json: make one with prepare_data.py")
     try:

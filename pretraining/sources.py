@@ -21,7 +21,7 @@ from pretraining.borrowed import open_borrowed_folder, token_files
 from pretraining.data import DataFolder, PackedDataset, RowOrder, concatenate, open_data_folder, training_batches
 from pretraining.launch import on_every_process
 from pretraining.mixture import Source
-from pretraining.shards import read_data_folder
+from pretraining.shards import DATASET_FILE, read_data_folder
 from pretraining.step_split import StepSplit
 from pretraining.tokenizer import load_tokenizer, tokenizer_fingerprint
 
@@ -148,7 +148,7 @@ def open_packed(
 
 
 def _is_borrowed(path: Path) -> bool:
-    return not (path / "dataset.json").is_file() and any(token_files(path).values())
+    return not (path / DATASET_FILE).is_file() and any(token_files(path).values())
 
 
 def _open_folders(
@@ -196,7 +196,7 @@ def download(source: Source, state: PartialState) -> Path:
     if state.is_local_main_process:
         try:
             revision = HfApi().dataset_info(name, revision=revision).sha
-            hf_hub_download(name, "dataset.json", repo_type="dataset", revision=revision)  # before anything large
+            hf_hub_download(name, DATASET_FILE, repo_type="dataset", revision=revision)  # before anything large
             snapshot_download(name, repo_type="dataset", revision=revision)
         except Exception as error:  # no such dataset or revision, no network, a full disk
             problem = (
