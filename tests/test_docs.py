@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 
 import numpy as np
@@ -274,21 +274,49 @@ def test_the_links_of_a_page_lead_somewhere(page):
 
 
 # Flags of other programs that the pages speak of: accelerate launch, sbatch, lm_eval; and what stands for any flag.
-OTHERS = {"config_file", "cpu", "quiet", "num_machines", "requeue", "tasks", "model_args", "help", "flag"}
+OTHERS = set(
+    """config_file cpu quiet mixed_precision num_processes num_machines multi_gpu requeue model model_args tasks
+    config help flag""".split()
+)
+
+
+@functools.cache
+def our_flags() -> set[str]:
+    names = [path.stem for path in REPOSITORY.glob("*.py")]
+    names += [f"benchmarks.{path.stem}" for path in REPOSITORY.glob("benchmarks/*.py")]
+    found = [vars(importlib.import_module(name)).items() for name in names]
+    classes = [value for items in found for name, value in items if name.endswith("Arguments") and is_dataclass(value)]
+    return {field.name for each in classes for field in fields(each)}
+
+
+@functools.cache
+def definitions() -> dict[str, set[str]]:
+    """The names of functions, classes and constants, by the file's name."""
+    folders = ("", "modeling_gpt2scratch", "pretraining", "benchmarks", "tests", "metrics/hellaswag")
+    found = {}
+    for path in [path for folder in folders for path in (REPOSITORY / folder).glob("*.py")]:
+        nodes = list(ast.walk(ast.parse(path.read_text())))
+        names = {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+        found[path.name] = names | {node.id for node in nodes if isinstance(node, ast.Name)}
+    return found
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page.endswith(".md")])
 def test_what_a_page_names_is_there(page):
-    folders = ("", "modeling_gpt2scratch", "pretraining", "benchmarks", "tests", "metrics/hellaswag")
-    sources = {path.name: path.read_text() for name in folders for path in (REPOSITORY / name).glob("*.py")}
-    names = {file: set(re.findall(r"(?m)^ *(?:def |class )?(\w+)\b", text)) for file, text in sources.items()}
+    names = definitions()
     tests = [name for file in names if file.startswith("test_") for name in names[file]]
-    flags = OTHERS.union(*(names[file] for file in names if not file.startswith("test_")))
     for span in re.findall(r"`([^`\n]+)`", (REPOSITORY / page).read_text()):
         if re.fullmatch(r"[\w/]+\.py", span):
-            assert (REPOSITORY / span).is_file() or span in sources
-        elif (attribute := re.fullmatch(r"(\w+)\.(?!json)(\w+)", span)) and f"{attribute[1]}.py" in sources:
+            assert (REPOSITORY / span).is_file() or span in names
+        elif (attribute := re.fullmatch(r"(\w+)\.(?!json)(\w+)", span)) and f"{attribute[1]}.py" in names:
             assert attribute[2] in names[f"{attribute[1]}.py"], span
         elif span.startswith("test_") and span.endswith("…"):
             assert any(test.startswith(span.removesuffix("…")) for test in tests), span
-        assert set(re.findall(r"--([a-z]\w+)", span)) <= flags, span
+        assert set(re.findall(r"--([a-z]\w+)", span)) <= our_flags() | OTHERS, span
+
+
+def test_every_file_has_its_place_in_the_table_of_where_a_change_belongs():
+    page = (REPOSITORY / "docs/how-it-works.md").read_text()
+    rows = "".join(line for line in page.splitlines() if line.startswith("|"))
+    files = [path for name in ("pretraining", "modeling_gpt2scratch") for path in (REPOSITORY / name).glob("[!_]*.py")]
+    assert [path.name for path in files if not re.search(rf"[`/]{path.name}`", rows)] == []
