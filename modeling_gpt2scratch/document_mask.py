@@ -19,7 +19,8 @@ def causal_mask_of_packed_documents(
     """
     transformers' `create_causal_mask`, which keeps documents apart where `position_ids` start again, in the cases too
     that it leaves out in silence: next to an `attention_mask` or an empty cache, and with flash attention on more than
-    one row. (With flash attention and an `attention_mask` at once, documents are not kept apart.)
+    one row. (Flash attention in a compiled graph, next to an `attention_mask`, is left as it is: a graph cannot look
+    whether there are documents in the rows.)
 
     Args:
         attention_mask (`(B, past + T)`, *optional*): 1 for a token, 0 for padding. One of four dimensions is the
@@ -30,6 +31,9 @@ def causal_mask_of_packed_documents(
 
     Returns:
         The mask in the form of the attention implementation, and arguments for the attention besides.
+
+    Raises:
+        ValueError: for several documents in rows with padding under flash attention, which has no kernel for that.
     """
     if isinstance(past_key_values, DynamicCache) and past_key_values.get_seq_length() == 0:
         past_key_values = None
@@ -37,14 +41,21 @@ def causal_mask_of_packed_documents(
     attention_kwargs = {}
     if position_ids is not None and past_key_values is None:
         position_ids = position_ids.expand(inputs_embeds.shape[0], -1)
-        if attention_mask is None and is_flash_attention_requested(config):
+        is_flash = is_flash_attention_requested(config)
+        if isinstance(attention_mask, torch.Tensor) and attention_mask.shape == position_ids.shape:
+            starts = _starts_of_documents(position_ids, attention_mask.bool())
+            if is_flash and not is_tracing(starts) and starts.any():
+                if not attention_mask.all():
+                    raise ValueError(
+                        "Flash attention does not keep documents apart in rows with padding: use sdpa, or no padding."
+                    )
+                attention_mask = None  # which says the same
+            elif is_tracing(starts) or starts.any():
+                documents_apart = packed_sequence_mask_function(starts.cumsum(-1))
+        if attention_mask is None and is_flash:
             lengths, longest = prepare_fa_kwargs_from_position_ids(position_ids)
             names = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
             attention_kwargs = dict(zip(names, (*lengths, *longest), strict=True))
-        elif isinstance(attention_mask, torch.Tensor) and attention_mask.shape == position_ids.shape:
-            starts = _starts_of_documents(position_ids, attention_mask.bool())
-            if is_tracing(starts) or starts.any():
-                documents_apart = packed_sequence_mask_function(starts.cumsum(-1))
     mask = create_causal_mask(
         config=config,
         inputs_embeds=inputs_embeds,

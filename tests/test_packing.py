@@ -154,13 +154,23 @@ def test_flash_attention_is_told_where_the_documents_of_all_rows_begin(monkeypat
     model = packed_model()
     model.config._attn_implementation_internal = "flash_attention_2"
     ids, position_ids = packed_batch()
-    model(ids, position_ids=position_ids)
-    mask, kwargs = calls[0]
-    assert mask is None
-    for name in ("cu_seq_lens_q", "cu_seq_lens_k"):
-        assert kwargs[name].tolist() == [0, 5, 6, 13, 16, 32]
-        assert kwargs[name].dtype == torch.int32
-    assert kwargs["max_length_q"] == kwargs["max_length_k"] == 16
+    ones = torch.ones_like(ids)
+    for mask in (None, ones):
+        calls.clear()
+        model(ids, position_ids=position_ids, attention_mask=mask)
+        mask, kwargs = calls[0]
+        assert mask is None
+        for name in ("cu_seq_lens_q", "cu_seq_lens_k"):
+            assert kwargs[name].tolist() == [0, 5, 6, 13, 16, 32]
+            assert kwargs[name].dtype == torch.int32
+        assert kwargs["max_length_q"] == kwargs["max_length_k"] == 16
     calls.clear()
     model(ids)
     assert "cu_seq_lens_q" not in calls[0][1]
+    padding = ones.index_fill(1, torch.tensor([0]), 0)
+    calls.clear()
+    model(ids, attention_mask=padding, position_ids=(padding.cumsum(-1) - 1).clamp(min=0))  # a document a row
+    mask, kwargs = calls[0]
+    assert torch.equal(mask, padding) and "cu_seq_lens_q" not in kwargs
+    with pytest.raises(ValueError, match="does not keep documents apart in rows with padding"):
+        model(ids, attention_mask=padding, position_ids=position_ids)
