@@ -53,7 +53,9 @@ class SourceFlags:
     text_column: str = flag("text", "the column that holds the text")
     validation_split_percentage: int = flag(5, "percentage of the documents that is kept back for validation")
     seed: int = flag(42, "decides which documents are for validation")
-    max_train_tokens: int | None = flag(None, "stop after so many tokens of training text")
+    max_train_tokens: int | None = flag(
+        None, "stop after the document that makes them so many tokens of training text"
+    )
 
 
 @dataclass
@@ -210,7 +212,8 @@ def get_tokenizer(args: PrepareArguments, documents: Iterator[tuple[str, str]]) 
 
     tokenizer = train_tokenizer(training_text(), args.tokenizer_vocab_size)
     if len(tokenizer) == SMALLEST_VOCABULARY:
-        raise UserError("no text found: the corpus is empty, or too small to train a tokenizer on")
+        source = args.train_file or args.dataset_name or "the standard library"
+        raise UserError(f"no text found: {source} is empty, or too small to train a tokenizer on")
     return tokenizer
 
 

@@ -18,6 +18,16 @@ from transformers import HfArgumentParser
 T = TypeVar("T")
 
 
+# What people type who know other scripts.
+SYNONYMS = {
+    "num_train_epochs": "max_steps",
+    "lr": "learning_rate",
+    "batch_size": "per_device_train_batch_size",
+    "model": "model_name_or_path",
+    "output": "output_dir",
+}
+
+
 class UserError(ValueError):
     """
     Something that the person at the command line can put right. `run_script` prints its message, one line a problem,
@@ -57,10 +67,10 @@ def parse_arguments(arguments_class: type[T], description: str, argv: list[str] 
     names = [field.name for field in dataclasses.fields(arguments_class)]  # type: ignore[arg-type]
     argv = list(sys.argv[1:] if argv is None else argv)
     problems: list[str] = []
-    recipe_argv = _read_recipe(_option_value(argv, "--config"), names, problems)
+    recipe_argv = _recipe_argv(_option_value(argv, "--config"), names, problems)
     namespace, unknown = _parse_all(_parser(arguments_class, description), recipe_argv + argv, problems)
     problems += [_unknown_flag(word, names) for word in unknown if word.startswith("--")]
-    problems += [f"'{word}' is not a flag" for word in _stray_words(unknown)]
+    problems += _problems_of_stray_words(_stray_words(unknown))
 
     arguments = arguments_class(**{name: getattr(namespace, name) for name in names})
     if hasattr(arguments, "problems"):
@@ -103,7 +113,8 @@ def one_line(error: BaseException) -> str:
 
 def nearest(name: str, names: list[str]) -> str:
     """ ", did you mean X?" if one of `names` is close to `name`, else nothing."""
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    close = [SYNONYMS[name]] if SYNONYMS.get(name) in names else []
+    close = close or difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     return f", did you mean {close[0]}?" if close else ""
 
 
@@ -155,23 +166,28 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefa
         return super()._format_action_invocation(action)
 
 
-def _read_recipe(path: str | None, names: list[str], problems: list[str]) -> list[str]:
-    """A recipe as the words of a command line, so that argparse converts and checks both in the same way."""
+def _read_recipe(path: str | None) -> dict:
+    """
+    Raises:
+        UserError: at once, as without it other flags would seem to be missing.
+    """
     if path is None:
-        return []
+        return {}
     try:
         recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
     except OSError as error:
-        problems.append(f"--config {path}: {error.strerror}")
-        return []
+        raise UserError(f"--config {path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        problems.append(f"--config {path} is not valid YAML: {' '.join(str(error).split())}")
-        return []
+        raise UserError(f"--config {path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(recipe, dict):
-        problems.append(f"--config {path} must hold 'name: value' lines, got a {type(recipe).__name__}")
-        return []
+        raise UserError(f"--config {path} must hold 'name: value' lines, got a {type(recipe).__name__}")
+    return recipe
+
+
+def _recipe_argv(path: str | None, names: list[str], problems: list[str]) -> list[str]:
+    """A recipe as the words of a command line, so that argparse converts and checks both in the same way."""
     argv = []
-    for key, value in recipe.items():
+    for key, value in _read_recipe(path).items():
         if key not in names:
             problems.append(f"{path}: unknown key '{key}'{nearest(str(key), names)}")
         elif value is not None and value != []:
@@ -218,3 +234,10 @@ def _stray_words(unknown: list[str]) -> list[str]:
         for index, word in enumerate(unknown)
         if not word.startswith("--") and (index == 0 or not unknown[index - 1].startswith("--"))
     ]
+
+
+def _problems_of_stray_words(words: list[str]) -> list[str]:
+    """Several files, where there should be one pattern, are what a shell makes of a pattern."""
+    if len(words) > 1 and all(Path(word).exists() for word in words):
+        return [f"'{words[0]}' and {len(words) - 1} more are not flags: a pattern goes in quotes, as 'texts/*.txt'"]
+    return [f"'{word}' is not a flag" for word in words]

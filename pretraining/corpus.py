@@ -183,6 +183,8 @@ def local_corpus(pattern: str, text_column: str = "text") -> Corpus:
         UserError: if nothing matches, or the files are of an unknown kind or of several.
     """
     files = [Path(name) for name in sorted(glob.glob(pattern, recursive=True)) if Path(name).is_file()]
+    if Path(pattern).is_dir():
+        raise UserError(f"{pattern} is a folder: give a pattern of files, in quotes, as '{pattern}/*.txt'")
     if not files:
         raise UserError(f"no such file: {pattern}")
     kinds = {path.suffix for path in files}
@@ -249,7 +251,12 @@ def _text_files(files: list[Path]) -> IterableDataset:
 def _read_text_files(files: list[str]) -> Iterator[dict]:
     """As bytes. (`load_dataset("text")` opens files in text mode, which turns \\r\\n into \\n.)"""
     for name in files:
-        yield {"text": Path(name).read_bytes()}
+        content = Path(name).read_bytes()
+        beginning = content[:1024]
+        strange = beginning.count(b"\0") + beginning.decode(errors="replace").count("\ufffd")
+        if strange > len(beginning) / 10:
+            raise UserError(f"{name} is no text in UTF-8 (`iconv -f UTF-16 -t UTF-8` converts some)")
+        yield {"text": content}
 
 
 def _read_json_lines(files: list[str]) -> Iterator[dict]:

@@ -69,6 +69,22 @@ def test_a_flag_is_not_taken_for_another_that_begins_alike():
         parse("--optimizer", "muon")
 
 
+def test_what_people_know_from_elsewhere_has_a_name_here():
+    with pytest.raises(UserError, match="unknown flag --lr, did you mean --learning_rate"):
+        parse("--lr", "1")
+
+
+def test_a_pattern_that_the_shell_has_replaced_by_files_is_one_line(tmp_path):
+    files = [tmp_path / f"{number}.txt" for number in range(5)]
+    for file in files:
+        file.write_text("")
+    with pytest.raises(UserError) as error:
+        parse("--data_dir", *map(str, files))
+    assert error.value.problems == (
+        f"'{files[1]}' and 3 more are not flags: a pattern goes in quotes, as 'texts/*.txt'",
+    )
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [(None, "No such file"), ("a: [", "not valid YAML"), ("- a\n- b\n", "must hold 'name: value' lines")],
@@ -78,8 +94,9 @@ def test_a_recipe_that_cannot_be_read_is_named(content, message, tmp_path):
     if content is not None:
         recipe.write_text(content)
     with pytest.raises(UserError, match=message) as error:
-        parse("--config", str(recipe))
+        parse("--config", str(recipe), "--max_steps", "0")
     assert str(recipe) in str(error.value)
+    assert len(error.value.problems) == 1  # what the recipe would have said is not missing
 
 
 # Their --help.

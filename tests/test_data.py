@@ -403,7 +403,10 @@ def test_the_embedded_corpus_is_the_standard_library_without_its_tests():
     ("arguments", "message"),
     [
         (["--train_file", "no/such/*.txt"], "no such file: no/such/*.txt"),
-        (["--train_file", "{tmp}/empty.txt"], "no text found"),
+        (["--train_file", "{tmp}"], "{tmp} is a folder: give a pattern of files, in quotes, as '{tmp}/*.txt'"),
+        (["--train_file", "{tmp}/binary.txt"], "binary.txt is no text in UTF-8"),
+        (["--train_file", "{tmp}/utf-16.txt"], "utf-16.txt is no text in UTF-8"),
+        (["--train_file", "{tmp}/empty.txt"], "no text found: {tmp}/empty.txt is empty"),
         (["--train_file", "{tmp}/empty.txt", "--tokenizer_name", "{tmp}"], "the tokenizer {tmp} cannot be loaded"),
         (
             ["--train_file", "{tmp}/short.txt", "--tokenizer_vocab_size", "300"],
@@ -422,6 +425,8 @@ def test_the_embedded_corpus_is_the_standard_library_without_its_tests():
 def test_bad_input_is_one_clear_line_and_writes_nothing(arguments, message, tmp_path, refuse):
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "short.txt").write_text("too short for a row\n" * 3)
+    (tmp_path / "binary.txt").write_bytes(bytes(range(256)) * 4)
+    (tmp_path / "utf-16.txt").write_text("a text\n" * 100, encoding="utf-16")
     (tmp_path / "broken.jsonl").write_text('{"text": "a text"}\n{"text": \n')
     (tmp_path / "numbers.jsonl").write_text('{"text": null}\n{"text": 5}\n')
     (tmp_path / "empty.parquet").write_text("")
