@@ -59,6 +59,7 @@ from pretraining.hellaswag_items import (
     load_items,
     window_of,
 )
+from pretraining.hub import check_name
 from pretraining.launch import check_launch
 from pretraining.loglikelihood import loglikelihoods, takes_trees, token_tree
 from pretraining.model_card import CARD, HELLASWAG, hellaswag_results
@@ -306,6 +307,7 @@ def load_model(
     """A causal language model of any type, in eval mode, and its tokenizer."""
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
+        check_name(name_or_path)
         loaded: Any = AutoModelForCausalLM.from_pretrained(name_or_path, output_loading_info=True, **options)
         model, report = loaded
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, **options)

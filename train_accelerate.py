@@ -53,7 +53,7 @@ from pretraining.launch import (
 from pretraining.memory import fit_into_memory, flags_for
 from pretraining.metrics import read_metrics
 from pretraining.model_card import duration
-from pretraining.models import attention_on, build_model, check_fit, load_config
+from pretraining.models import attention_on, build_model, check_fit, check_tokenizer, load_config
 from pretraining.optim import build_optimizers, learning_rate_factor, parameter_groups, set_learning_rate
 from pretraining.plots import plot_hellaswag, plot_loss
 from pretraining.position import Position
@@ -161,6 +161,8 @@ def prepare(args: TrainArguments, state: PartialState, signals: StopSignals, wat
         args.model_name_or_path, args.config_name, args.config_overrides, len(tokenizer), tokenizer.eos_token_id
     )
     check_fit(config, len(tokenizer), data.block_size)
+    if args.model_name_or_path:
+        check_tokenizer(args.model_name_or_path, tokenizer)
     encode_prompts(tokenizer, args.sample_prompts, config.n_positions)  # now, not after the last step
     hellaswag = open_hellaswag(args, config, data, state) if args.hellaswag_steps else []
     repo_id = open_repository(args, state) if args.push_to_hub else None

@@ -5,6 +5,7 @@ import copy
 import dataclasses
 import difflib
 import json
+import logging
 import os
 import sys
 import textwrap
@@ -93,6 +94,9 @@ def problems_of_range(args: object, names: list[str], least: int, most: int | No
 
 def run_script(main: Callable[[], None]) -> None:
     """Run a script's `main`; what the user can put right is printed as one line a problem, with exit status 2."""
+    logging.getLogger("huggingface_hub").setLevel(
+        logging.ERROR
+    )  # it tells of each try; what comes of them is told once
     try:
         main()
     except UserError as error:

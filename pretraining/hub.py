@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, ModelCard, constants
@@ -12,6 +13,18 @@ from pretraining.arguments import UserError, one_line
 
 class HubRefusal(UserError):
     """The Hub was reached, and does not allow it; asking again later will not help."""
+
+
+def check_name(name: str) -> None:
+    """
+    Raises:
+        FileNotFoundError: if the name of a model or tokenizer can only be that of a folder which is not there. The Hub
+            would be asked for it, and without a network that takes a minute.
+    """
+    parts = Path(name).parts
+    is_path = name.startswith((".", "/", "~")) or len(parts) > 2 or (len(parts) == 2 and Path(parts[0]).is_dir())
+    if is_path and not Path(name).exists():
+        raise FileNotFoundError("there is no such folder")
 
 
 def problems_of_repository(args: Any) -> list[str]:

@@ -33,7 +33,9 @@ def identity(
     }
 
 
-def differences(before: dict, now: dict, allowed: list[str], defaults: dict | None = None) -> list[str]:
+def differences(
+    before: dict, now: dict, allowed: list[str], defaults: dict | None = None, is_finished: bool = False
+) -> list[str]:
     """
     What speaks against going on: a line for each field that differs, with both values.
 
@@ -41,14 +43,16 @@ def differences(before: dict, now: dict, allowed: list[str], defaults: dict | No
         before, now: as `identity` made them, `before` read from a file that may be of another version.
         allowed: names of CHANGEABLE that may differ.
         defaults: of the settings; a flag that the version before did not have was at its default.
+        is_finished: nothing of the run can be changed any more.
     """
+    changeable = [] if is_finished else CHANGEABLE
     found = []
     before = {**before, "settings": {**(defaults or {}), **before.get("settings", {})}}
     for part, what in (("settings", "--{}"), ("config", "a model of {}")):
         for key, value in now[part].items():
             old = before.get(part, {}).get(key)
             if old != value and key not in allowed:
-                hint = f", or go on all the same with --allow_changes {key}" if key in CHANGEABLE else ""
+                hint = f", or go on all the same with --allow_changes {key}" if key in changeable else ""
                 field = what.format(key)
                 found.append(f"{field} {_shown(old)}, not {_shown(value)}: choose another --output_dir{hint}")
     if before.get("tokenizer") != now["tokenizer"]:
@@ -64,7 +68,8 @@ def differences(before: dict, now: dict, allowed: list[str], defaults: dict | No
         names = f"on {old.get('name')}, not on {new['name']}"
         if old.get("name") == new["name"]:
             names += ", prepared in another way"
-        found.append(f"other data: {names}: go on all the same with --allow_changes data")
+        hint = ": go on all the same with --allow_changes data" if "data" in changeable else ""
+        found.append(f"other data: {names}{hint}")
     old, new = before.get("tokens_per_step"), now["tokens_per_step"]
     if old != new:
         found.append(f"{_shown(old)} tokens per step, not {new}: --tokens_per_step {old} keeps it")

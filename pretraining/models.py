@@ -4,11 +4,14 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.hub import has_file
 
 from modeling_gpt2scratch import PRESETS, GPT2ScratchConfig, GPT2ScratchForCausalLM
 from pretraining.arguments import UserError, nearest, one_line
+from pretraining.hub import check_name
 from pretraining.tiled_attention import TILED
+from pretraining.tokenizer import load_tokenizer, tokenizer_fingerprint
 
 
 def load_config(
@@ -27,6 +30,7 @@ def load_config(
     """
     source = model_name_or_path or config_name
     try:
+        check_name(source or "")
         if source is None or source in PRESETS:
             config = GPT2ScratchConfig.from_preset(source or "124M")
         elif not PreTrainedConfig.get_config_dict(source)[0]:  # from_pretrained would take the defaults
@@ -101,6 +105,25 @@ def check_fit(config: PreTrainedConfig, vocab_size: int, block_size: int) -> Non
         )
     if problems:
         raise UserError(*problems)
+
+
+def check_tokenizer(model_name_or_path: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """
+    Args:
+        model_name_or_path: of the weights to start from, with or without a tokenizer beside them.
+        tokenizer: that the data was made with.
+
+    Raises:
+        UserError: if it is another one than the model's, for which the ids of the data are other tokens.
+    """
+    # Of the weights alone nobody can tell, and transformers makes a tokenizer without a vocabulary for them.
+    if not has_file(model_name_or_path, "tokenizer.json"):
+        return
+    if tokenizer_fingerprint(load_tokenizer(model_name_or_path)) != tokenizer_fingerprint(tokenizer):
+        raise UserError(
+            f"the data was made with another tokenizer than that of {model_name_or_path}: prepare it with "
+            f"--tokenizer_name {model_name_or_path}"
+        )
 
 
 def attention_on(device: torch.device, mixed_precision: str, attn_implementation: str) -> str:

@@ -129,8 +129,10 @@ def _check_finished(output_dir: Path, identity: dict) -> None:
         before = dict(json.loads((output_dir / IDENTITY).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return  # a model that came from elsewhere: it is left as it is
-    if problems := differences(before, identity, ["mixed_precision"], DEFAULTS):  # nothing is trained
-        raise UserError(*(f"{output_dir} holds a finished run, of {problem}" for problem in problems))
+    # Its precision may be another, as nothing is trained.
+    if problems := differences(before, identity, ["mixed_precision"], DEFAULTS, is_finished=True):
+        further = f"to train its model further: --model_name_or_path {output_dir} and another --output_dir"
+        raise UserError(*(f"{output_dir} holds a finished run, of {problem} ({further})" for problem in problems))
 
 
 def _check_position(folder: Path, allow_changes: list[str], identity: dict) -> None:

@@ -10,6 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from pretraining.arguments import UserError, one_line
 from pretraining.byte_level_bpe import merges_of
+from pretraining.hub import check_name
 
 END_OF_TEXT = "<|endoftext|>"
 SMALLEST_VOCABULARY = 257  # the 256 bytes and the end of text
@@ -53,6 +54,7 @@ def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
     if isinstance(name_or_path, Path) and not name_or_path.is_dir():
         raise UserError(f"the tokenizer's folder {name_or_path} is missing")
     try:
+        check_name(str(name_or_path))
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
     except Exception as error:  # tokenizers raises nothing more special
         raise UserError(f"the tokenizer {name_or_path} cannot be loaded: {one_line(error)}") from None

@@ -456,6 +456,8 @@ def test_a_finished_run_of_something_else_is_not_taken_for_this_one(stopped, dat
     assert "holds a finished run; to train again" in succeed(script("train_accelerate.py", *arguments)).stdout
     errors = refuse(train_accelerate, *arguments, "--data_dir", other_data)
     assert any("holds a finished run, of other data: on documents.jsonl" in error for error in errors)
+    (error,) = refuse(train_accelerate, *arguments, "--max_steps", 8)
+    assert "of --max_steps 6, not 8: choose another --output_dir (to train its model further: --model_name" in error
     (error,) = refuse(train_accelerate, *arguments, "--gradient_accumulation_steps", 3)
     assert "holds a finished run, of 256 tokens per step, not 384" in error
 

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
 from conftest import REPOSITORY, TINY, make_documents, metrics, run, script, succeed, train
 from safetensors.torch import load_file
-from tiny_models import random_ids, tiny_stock_model
+from tiny_models import random_ids, tiny_model, tiny_stock_model
 from transformers import AutoModelForCausalLM
 
 import modeling_gpt2scratch  # noqa: F401  registers the model type
@@ -24,6 +24,7 @@ import train_accelerate
 from pretraining import runlog
 from pretraining.data import RowOrder, open_data_folder
 from pretraining.optim import learning_rate_factor
+from pretraining.tokenizer import train_tokenizer
 
 STEPS = 300
 SMALL_BATCH = ("--per_device_train_batch_size", 4)
@@ -370,6 +371,7 @@ def test_an_earlier_checkpoint_begins_a_branch_of_its_own(finished_run, tmp_path
         (["--output_dir", "{tmp}/recipe.yaml/run"], ["cannot be written: Not a directory"]),
         (["--optim", "sgd", "--max_steps", "0"], ["--optim: invalid choice: 'sgd'", "--max_steps must be at least 1"]),
         (["--model_name_or_path", "{tmp}", "--config_overrides", ""], ["{tmp} cannot be loaded"]),
+        (["--model_name_or_path", "./nowhere", "--config_overrides", ""], ["./nowhere cannot be loaded: there is no"]),
         (["--config_name", "{tmp}/125M"], ["use a preset: 124M, 350M, 774M, 1558M"]),
         (["--resume_from_checkpoint", "{tmp}/checkpoint-000001"], ["checkpoint-000001: no such folder"]),
         (["--output_dir", "{tmp}"], ["exists and is not a run folder"]),
@@ -393,6 +395,17 @@ def test_bad_input_is_named_in_one_line_each_and_writes_nothing(arguments, messa
         assert any(message in error for error in errors), errors
     assert all(error.startswith("train_accelerate.py: error: ") for error in errors)
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_data_of_another_tokenizer_than_the_models_is_refused(data_dir, tmp_path, refuse):
+    """Its ids are all in the vocabulary, and mean other tokens."""
+    model = tmp_path / "model"
+    tiny_model(vocab_size=320, n_positions=32).save_pretrained(model)
+    train_tokenizer([f"line {number} of another text" for number in range(300)], 320).save_pretrained(model)
+    places = ("--data_dir", data_dir, "--output_dir", tmp_path / "run", "--model_name_or_path", model)
+    (error,) = refuse(train_accelerate, *places, "--max_steps", 1)
+    assert f"another tokenizer than that of {model}: prepare it with --tokenizer_name {model}" in error
+    assert not (tmp_path / "run").exists()
 
 
 def test_processes_that_were_not_started_are_an_error(data_dir, tmp_path):
