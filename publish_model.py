@@ -107,10 +107,7 @@ def problems_of_model(folder: str | None, format: str | None) -> list[str]:
         why = "the run goes on when its command is given again" if is_run else "config.json and model.safetensors"
         return [f"--model_name_or_path {folder} holds no finished model: {why}"]
     if not files & {"tokenizer.json", "vocab.json"}:
-        return [
-            f"--model_name_or_path {folder} has no tokenizer.json: a checkpoint is published while it trains, by "
-            "--hub_strategy checkpoint, or with a tokenizer's files copied into it"
-        ]
+        return [f"--model_name_or_path {folder} has no tokenizer.json: copy the files of its tokenizer into it"]
     return []
 
 

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from signal import Signals
 
@@ -253,9 +253,10 @@ def train(setup: Setup) -> bool:
         publisher = None
         if setup.repo_id and args.hub_strategy == "checkpoint":
             private = args.hub_private_repo
-            publisher = CheckpointPublisher(setup.output_dir, setup.repo_id, private, card.complete, log.write)
+            publisher = CheckpointPublisher(setup.output_dir, setup.repo_id, private, card.write, log.write)
+        complete = partial(publish.write_tokenizer, data.tokenizer, setup.config.n_positions)
         writer = CheckpointWriter(
-            accelerator, setup.output_dir, model, optimizers, args.save_total_limit, on_saved=publisher
+            accelerator, setup.output_dir, model, optimizers, args.save_total_limit, complete, publisher
         )
         training = Training(setup, run, model, optimizers, split, batches, log, writer, anomalies)
         with out_of_memory_explained(args, split, run), writer:

@@ -1,7 +1,7 @@
 """
 What a checkpoint holds, from all processes into its folder and back.
 
-checkpoint-000500/   config.json, model.safetensors   as `save_pretrained` writes them
+checkpoint-000500/   config.json, model.safetensors, its code, the tokenizer   as `save_pretrained` writes them
                      optimizer.pt    the optimizers' state, by the parameters' names
                      rng.pt          the random generators of every process
                      position.json   the loop's own state, see position.py
@@ -79,6 +79,7 @@ class CheckpointWriter:
     Args:
         model, optimizers: as `accelerator.prepare` returned them.
         save_total_limit: how many to keep, beside the best one.
+        complete: writes into the folder what the model needs to be used, a tokenizer; called by the thread.
         on_saved: called with the folder and position of each that is written, by the thread.
     """
 
@@ -89,6 +90,7 @@ class CheckpointWriter:
         model: nn.Module,
         optimizers: list[Optimizer],
         save_total_limit: int,
+        complete: Callable[[Path], None] | None = None,
         on_saved: Callable[[Path, Position], None] | None = None,
     ):
         self.accelerator = accelerator
@@ -96,6 +98,7 @@ class CheckpointWriter:
         self.model = model
         self.optimizers = optimizers
         self.save_total_limit = save_total_limit
+        self.complete = complete
         self.on_saved = on_saved
         # One core for its operations: beside a second pool of OpenMP threads those of training sleep where they would
         # wait awake for the next operation, for as long as both are there (docs/experiments.md).
@@ -161,6 +164,8 @@ class CheckpointWriter:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
             unwrapped.save_pretrained(folder, state_dict=weights)
+            if self.complete:
+                self.complete(folder)
             torch.save(optimizer_state, folder / "optimizer.pt")
             torch.save(generators, folder / "rng.pt")
             position.write(folder)

@@ -41,14 +41,15 @@ def export(
     folder = output_dir / (FINAL + INCOMPLETE)
     shutil.rmtree(folder, ignore_errors=True)
     model.save_pretrained(folder, state_dict=state_dict)
-    write_companions(tokenizer, model.config.n_positions, card, folder)
+    write_tokenizer(tokenizer, model.config.n_positions, folder)
+    card.save(folder / CARD)
     for path in sorted(folder.iterdir(), key=lambda path: path.name == WEIGHTS):
         os.replace(path, output_dir / path.name)
     folder.rmdir()
 
 
-def write_companions(tokenizer: PreTrainedTokenizerBase, n_positions: int, card: ModelCard, folder: Path) -> None:
-    """What a published model has beside weights, config and code: generation config, tokenizer and card."""
+def write_tokenizer(tokenizer: PreTrainedTokenizerBase, n_positions: int, folder: Path) -> None:
+    """What a pipeline needs beside a model: the tokenizer, and how to generate."""
     # A pipeline asks for 256 new tokens if a model does not say, which a small model may have no positions for.
     GenerationConfig(
         bos_token_id=tokenizer.eos_token_id,
@@ -57,8 +58,10 @@ def write_companions(tokenizer: PreTrainedTokenizerBase, n_positions: int, card:
         max_new_tokens=min(256, n_positions // 2),
     ).save_pretrained(folder)
     tokenizer.model_max_length = n_positions
-    tokenizer.save_pretrained(folder)
-    card.save(folder / CARD)
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:  # tokenizers has no kind of its own for a full disk
+        raise OSError(one_line(error)) from error
 
 
 def push(folder: Path, repo_id: str, private: bool, message: str, license: str | None = None) -> str:

@@ -10,9 +10,9 @@ from accelerate import Accelerator
 from huggingface_hub import ModelCard
 from transformers import PreTrainedConfig
 
-from pretraining import hardware, publish
+from pretraining import hardware
 from pretraining.metrics import read_metrics
-from pretraining.model_card import HELLASWAG, LICENSE, RunRecord, model_card
+from pretraining.model_card import CARD, HELLASWAG, LICENSE, RunRecord, model_card
 from pretraining.position import Position
 from pretraining.sources import TrainingData
 from pretraining.training_arguments import TrainArguments
@@ -66,7 +66,6 @@ class RunCard:
         )
         return model_card(record, self.config)
 
-    def complete(self, folder: Path, position: Position) -> None:
-        """Write into a folder with a checkpoint's model what a published one has besides."""
-        card = self.at(position.step, position.elapsed_seconds)
-        publish.write_companions(self.data.tokenizer, self.config.n_positions, card, folder)
+    def write(self, folder: Path, position: Position) -> None:
+        """Into a folder with a checkpoint's model."""
+        self.at(position.step, position.elapsed_seconds).save(folder / CARD)

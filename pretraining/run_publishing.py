@@ -78,7 +78,7 @@ class CheckpointPublisher:
     way is passed over, as the next one will bring what is newer. What fails is told, and tried again by the next one.
 
     Args:
-        complete: writes into a copy of a checkpoint, given its position, what it lacks; see `write_companions`.
+        write_card: writes the card of a checkpoint into a copy of it, given its position.
         say: tells the person a line.
     """
 
@@ -87,13 +87,13 @@ class CheckpointPublisher:
         output_dir: Path,
         repo_id: str,
         private: bool,
-        complete: Callable[[Path, Position], None],
+        write_card: Callable[[Path, Position], None],
         say: Callable[[str], None],
     ):
         self.output_dir = output_dir
         self.repo_id = repo_id
         self.private = private
-        self.complete = complete
+        self.write_card = write_card
         self.say = say
         self._thread: threading.Thread | None = None
 
@@ -107,7 +107,7 @@ class CheckpointPublisher:
             staged.mkdir()
             for path in publish.published(checkpoint):
                 _keep(path, staged / path.name)
-            self.complete(staged, position)
+            self.write_card(staged, position)
             (staged / PLOTS).mkdir()
             for path in (self.output_dir / PLOTS).glob("*.png"):
                 shutil.copyfile(path, staged / PLOTS / path.name)

@@ -601,6 +601,15 @@ def assert_same_logits(forward, run_dir: Path, tolerance: float = 1e-5) -> None:
     torch.testing.assert_close(forward(ids), expected, rtol=0, atol=tolerance)
 
 
+def test_a_checkpoint_is_used_and_published_as_the_final_model_is(run_dir, use_hub, publish):
+    checkpoint = run_dir / "checkpoint-000060"
+    assert piped(checkpoint) not in (PROMPT, piped(run_dir))
+    with Hub(token=TOKEN) as hub:
+        use_hub(hub)
+        assert publish("--model_name_or_path", checkpoint, "--push_to_hub", "--hub_model_id", "us/half")[0] == 0
+        assert set(hub.files("us/half", "model")) == WHOLE
+
+
 def test_the_code_that_is_published_is_what_the_model_imports_whatever_version_wrote_it(
     run_dir, tmp_path, use_hub, publish
 ):
@@ -694,9 +703,9 @@ def test_a_converted_model_is_published_too(converted, run_dir, tmp_path, use_hu
             ["--output_dir RUN exists: choose another or delete it", "--outtype f16 is for --format gguf"],
         ),
         (
-            ("--model_name_or_path", "RUN/checkpoint-000060", "--push_to_hub", "--license", "My own"),
+            ("--model_name_or_path", "BARE", "--push_to_hub", "--license", "My own"),
             [
-                "checkpoint-000060 has no tokenizer.json: a checkpoint is published while it trains",
+                "bare has no tokenizer.json: copy the files of its tokenizer into it",
                 "--license My own is not a name as the Hub has them",
             ],
         ),
@@ -710,7 +719,10 @@ def test_a_converted_model_is_published_too(converted, run_dir, tmp_path, use_hu
     ],
 )
 def test_bad_command_lines_are_told_at_once(arguments, messages, run_dir, tmp_path, refuse):
-    places = {"RUN": str(run_dir), "EMPTY": str(tmp_path)}
+    places = {"RUN": str(run_dir), "EMPTY": str(tmp_path), "BARE": str(tmp_path / "bare")}
+    (tmp_path / "bare").mkdir()
+    for name in {"config.json", "model.safetensors", *CODE}:
+        shutil.copyfile(run_dir / name, tmp_path / "bare" / name)
 
     def put(text: str) -> str:
         for name, place in places.items():
