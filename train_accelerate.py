@@ -64,7 +64,7 @@ from pretraining.run_files import EVENTS, HELLASWAG_PLOT, LOSS_PLOT
 from pretraining.run_folder import open_run_folder, write_arguments
 from pretraining.run_publishing import CheckpointPublisher, open_repository, publish_run, try_to_publish_run
 from pretraining.runlog import RunLog, send_unsent
-from pretraining.signals import STOPPED, StopSignals, follow_launcher, kill_workers
+from pretraining.signals import StopSignals, follow_launcher, kill_workers
 from pretraining.sources import Batches, TrainingData, open_packed
 from pretraining.step_split import StepSplit, accumulation_steps
 from pretraining.steps import StepResult, suspects, train_step
@@ -97,7 +97,7 @@ def main() -> None:
             finally:
                 kill_workers()
     if is_stopped:
-        sys.exit(STOPPED)
+        sys.exit(signals.exit_status())
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -33,6 +34,7 @@ from faults import (
 from processes import run_ranks, start, start_ranks, wait_until
 from safetensors.torch import load_file
 
+from pretraining import signals
 from pretraining.checkpoint_folders import complete_checkpoints, verify
 from pretraining.data import RowOrder, open_data_folder
 from pretraining.memory import flags_for
@@ -60,7 +62,9 @@ def long_flags(data_dir: Path, output_dir: Path) -> tuple:
     return flags(data_dir, output_dir, *arguments)
 
 
-@pytest.mark.parametrize(("num_processes", "rank", "number"), [(1, 0, signal.SIGTERM), (2, 1, signal.SIGUSR1)])
+@pytest.mark.parametrize(
+    ("num_processes", "rank", "number"), [(1, 0, signal.SIGTERM), (1, 0, signal.SIGINT), (2, 1, signal.SIGUSR1)]
+)
 def test_a_signal_to_any_process_saves_one_checkpoint_and_the_run_goes_on_to_the_same_bits(
     num_processes, rank, number, references, data_dir, tmp_path
 ):
@@ -70,7 +74,8 @@ def test_a_signal_to_any_process_saves_one_checkpoint_and_the_run_goes_on_to_the
     faults = {rank: signal_in(7, 1, number)}
     results = run_ranks(num_processes, "train_accelerate.py", *arguments, faults=faults)
     assert time.monotonic() - started < 30
-    assert [result.returncode for result in results] == [STOPPED] * num_processes
+    status = 130 if number == signal.SIGINT else STOPPED
+    assert [result.returncode for result in results] == [status] * num_processes
     assert f"stopped by {signal.Signals(number).name}" in results[0].stdout
     last = complete_checkpoints(tmp_path / "run")[-1]
     assert last.name == "checkpoint-000007" and verify(last) == []
@@ -88,16 +93,33 @@ def test_a_signal_to_any_process_saves_one_checkpoint_and_the_run_goes_on_to_the
     assert os.readlink(tmp_path / "run/best-checkpoint") == os.readlink(references[num_processes] / "best-checkpoint")
 
 
-def test_a_signal_to_a_process_and_its_data_loader_workers_saves_a_checkpoint(data_dir, tmp_path):
-    """As a service manager sends it to all that a service has started."""
+def test_a_second_ctrl_c_ends_at_once_but_for_a_launchers_echo_of_the_first(monkeypatch, capsys):
+    clock = [100.0]
+    monkeypatch.setattr(signals, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    with signals.StopSignals() as stop:
+        stop.defer()
+        signal.raise_signal(signal.SIGINT)
+        clock[0] += 0.5
+        signal.raise_signal(signal.SIGINT)  # passed on by torchrun, say
+        signal.raise_signal(signal.SIGTERM)  # as the launcher ends
+        assert stop.received() == signal.SIGINT and stop.exit_status() == 130
+        assert capsys.readouterr().err.count("once more ends it at once") == 1
+        clock[0] += 1
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, STOPPED), (signal.SIGINT, 130)])
+def test_a_signal_to_a_process_and_its_data_loader_workers_saves_a_checkpoint(number, status, data_dir, tmp_path):
+    """As a service manager sends it to all that a service has started, or a terminal to all in the foreground."""
     running = start("train_accelerate.py", *flags(data_dir, tmp_path / "run", "--max_steps", 100_000, *WORKERS))
     wait_until(lambda: (tmp_path / "run/metrics.jsonl").exists())
     process = psutil.Process(running.pid)
     workers = process.children()
     assert len(workers) == 2
     for each in (*workers, process):
-        each.send_signal(signal.SIGTERM)
-    assert running.wait(30).returncode == STOPPED
+        each.send_signal(number)
+    assert running.wait(30).returncode == status
     assert len(complete_checkpoints(tmp_path / "run")) == 1
     assert not psutil.wait_procs(workers, timeout=10)[1]
 
