@@ -4,6 +4,7 @@
 # make check   formatting, lint and types
 # make format  what of these a program can mend
 # make bench   what docs/benchmarks.md says of speed and memory, measured on this machine (about two hours)
+# make         these lines
 
 PYTHON := .venv/bin/python
 ACCELERATE := .venv/bin/accelerate launch
@@ -16,7 +17,10 @@ LAUNCH = $(shell if nvidia-smi -L >/dev/null 2>&1; then echo --config_file accel
 		--num_cpu_threads_per_process $$($(PYTHON) -c 'import psutil; print(psutil.cpu_count(logical=False) or 1)'); \
 		grep -qsE 'avx512_bf16|amx_bf16' /proc/cpuinfo || echo --mixed_precision no; fi)
 
-.PHONY: train test check format bench
+.PHONY: help train test check format bench
+
+help:
+	@sed -n 's/^# \(make .*\|  .*\)$$/\1/p' Makefile
 
 train: data/demo/dataset.json
 	@if [ -f runs/demo/model.safetensors ]; then \

@@ -1,14 +1,14 @@
 """
 Train a GPT-2 on packed shards, or on text that is packed while it trains.
 
-    accelerate launch --config_file accelerate_config.yaml train_accelerate.py --config configs/demo.yaml
     accelerate launch --config_file configs/cpu.yaml --cpu --quiet train_accelerate.py \\
         --data_dir data/demo --output_dir runs/small --config_overrides n_layer=2,n_embd=128,n_head=2 --max_steps 200
+    accelerate launch --config_file accelerate_config.yaml train_accelerate.py --config configs/demo.yaml
     accelerate launch --config_file accelerate_config.yaml train_accelerate.py --streaming \\
         --dataset_name HuggingFaceFW/fineweb-edu --dataset_config_name sample-10BT \\
         --tokenizer_name openai-community/gpt2 --output_dir runs/fineweb-edu --tokens_per_step 524288
 
-Running the same command again continues from the last checkpoint.
+The first is for a CPU, the others are for GPUs. Running the same command again continues from the last checkpoint.
 """
 
 import math

@@ -103,7 +103,7 @@ def write_samples(
             output = model.generate(  # type: ignore[operator]
                 input_ids,
                 attention_mask=torch.ones_like(input_ids),
-                max_length=min(len(ids) + SAMPLE_TOKENS, model.config.n_positions),
+                max_new_tokens=min(SAMPLE_TOKENS, model.config.n_positions - len(ids)),
                 do_sample=True,
                 temperature=0.7,
                 pad_token_id=tokenizer.eos_token_id,
