@@ -275,8 +275,8 @@ def test_the_links_of_a_page_lead_somewhere(page):
 
 # Flags of other programs that the pages speak of: accelerate launch, sbatch, lm_eval; and what stands for any flag.
 OTHERS = set(
-    """config_file cpu quiet mixed_precision num_processes num_machines multi_gpu requeue model model_args tasks
-    config help flag""".split()
+    """config_file cpu quiet mixed_precision num_processes num_machines num_cpu_threads_per_process multi_gpu
+    requeue model model_args tasks config help flag""".split()
 )
 
 
