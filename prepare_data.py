@@ -22,7 +22,7 @@ import numpy as np
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from pretraining.arguments import UserError, flag, parse_arguments, problems_of_range, run_script
+from pretraining.arguments import UserError, counted, flag, parse_arguments, problems_of_range, run_script
 from pretraining.corpus import Corpus, embedded_corpus, open_texts
 from pretraining.encoding import encode_documents
 from pretraining.files import folder_in_progress
@@ -299,9 +299,10 @@ class SplitWriter:
     def close(self) -> dict:
         dropped = self.writer.close()
         if self.writer.rows == 0:
+            documents = counted(self.documents, "document")
             raise UserError(
-                f"the {self.name} text is {self.tokens} tokens in {self.documents} documents, less than one row of "
-                f"--block_size {self.writer.block_size}: more text or a smaller --block_size is needed"
+                f"the {self.name} text is {self.tokens} tokens in {documents}, less than one row of --block_size "
+                f"{self.writer.block_size}: more text or a smaller --block_size is needed"
             )
         statistics = {
             "documents": self.documents,
@@ -353,9 +354,9 @@ def summary(output_dir: Path, info: dict) -> str:
         )
     counts = info["documents"]
     if counts["without_text"]:
-        lines.append(f"  {counts['without_text']:,} documents without text were left out")
+        lines.append(f"  left out: {counted(counts['without_text'], 'document')} without text")
     if counts["with_invalid_utf8"]:
-        lines.append(f"  {counts['with_invalid_utf8']:,} documents with invalid UTF-8, which became U+FFFD")
+        lines.append(f"  {counted(counts['with_invalid_utf8'], 'document')} with invalid UTF-8, which became U+FFFD")
     validation = info["splits"]["validation"]
     if validation["compressed_bytes"]:
         sizes = validation["compressed_bytes"].items()

@@ -115,6 +115,11 @@ def one_line(error: BaseException) -> str:
     return textwrap.shorten(str(error) or repr(error), width=300)
 
 
+def counted(number: int, noun: str) -> str:
+    """`1 document`, `2,000 documents`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def nearest(name: str, names: list[str]) -> str:
     """ ", did you mean X?" if one of `names` is close to `name`, else nothing."""
     close = [SYNONYMS[name]] if SYNONYMS.get(name) in names else []

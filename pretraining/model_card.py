@@ -8,6 +8,7 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedConfig
 
+from pretraining.arguments import counted
 from pretraining.markdown import table
 from pretraining.run_files import HELLASWAG_PLOT, LOSS_PLOT
 from pretraining.usage import example_prompt, usage
@@ -239,8 +240,9 @@ def _evaluation(record: RunRecord) -> list[str]:
     ]
     is_part = (record.eval_tokens or math.inf) < validation["tokens"]
     part = f"the first {record.eval_tokens:,} tokens of " if is_part else ""
+    documents = counted(validation["documents"], "document")
     sections = [
-        f"On {part}{validation['bytes']:,} bytes of text ({validation['documents']:,} documents) not trained on"
+        f"On {part}{validation['bytes']:,} bytes of text ({documents}) not trained on"
         + (":" if evaluation["step"] == record.step else f", after step {evaluation['step']:,}:"),
         table(("", "value"), rows),
         f"![Training and validation loss]({LOSS_PLOT})",
@@ -282,6 +284,6 @@ def _data_rows(record: RunRecord) -> list[tuple[str, str]]:
         return [*rows, ("tokens seen", f"{record.tokens:,}")]
     return [
         *rows,
-        ("training text", f"{train['documents']:,} documents, {train['bytes']:,} bytes"),
+        ("training text", f"{counted(train['documents'], 'document')}, {train['bytes']:,} bytes"),
         ("tokens seen", f"{record.tokens:,} ({record.tokens / train['tokens']:.2f} epochs)"),
     ]

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from pretraining.arguments import UserError
+from pretraining.arguments import UserError, counted
 from pretraining.corpus import Corpus, open_texts
 from pretraining.data import PackedDataset
 from pretraining.encoding import Encoder
@@ -97,8 +97,8 @@ def validation_rows(
     num_rows = len(ids) // block_size
     if not num_rows:
         raise UserError(
-            f"the validation text is {len(ids)} tokens in {documents} documents, less than one row of --block_size "
-            f"{block_size}: give more text, a larger --validation_split_percentage or a --validation_file"
+            f"the validation text is {len(ids)} tokens in {counted(documents, 'document')}, less than one row of "
+            f"--block_size {block_size}: give more text, a larger --validation_split_percentage or a --validation_file"
         )
     rows = ids[: num_rows * block_size].reshape(-1, 1, block_size)
     return PackedDataset([TokenRows(rows, num_rows)], {"documents": documents, "tokens": len(ids), "bytes": size})
