@@ -45,14 +45,14 @@ class Position:
         Raises:
             UserError: if the checkpoint is of another version, or the file is no position.
         """
-        path = folder / POSITION_FILE
+        path, version, is_sound = folder / POSITION_FILE, FORMAT_VERSION, False
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             version = content.get("format_version", 1)
             position = cls(**{field.name: content.get(field.name) for field in fields(cls)})
             is_sound = position._is_sound()
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            version, is_sound = FORMAT_VERSION, False
+            pass
         if version != FORMAT_VERSION:
             raise UserError(f"{folder} has format version {version}, this program reads {FORMAT_VERSION}")
         if not is_sound:

@@ -430,7 +430,7 @@ def test_a_checkpoint_of_another_version_is_refused_and_one_without_is_of_the_fi
     assert content.pop("format_version") == 1
     path.write_text(json.dumps(content))
     assert Position.read(folder) == expected
-    path.write_text(json.dumps({"format_version": 3, "step": 5}))
+    path.write_text(json.dumps(content | {"format_version": 3, "anomalies": None}))
     write_manifest(folder)
     (error,) = refuse(train_accelerate, *flags(data_dir, stopped, "--max_steps", 6, "--save_steps", 2))
     assert "checkpoint-000005 has format version 3, this program reads 1" in error
