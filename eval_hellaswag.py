@@ -23,7 +23,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from huggingface_hub.errors import StrictDataclassError
@@ -60,7 +59,8 @@ from pretraining.hellaswag_items import (
     window_of,
 )
 from pretraining.hub import check_name
-from pretraining.launch import check_launch
+from pretraining.launch import check_launch, open_state
+from pretraining.launcher import told_precision
 from pretraining.loglikelihood import loglikelihoods, takes_trees, token_tree
 from pretraining.model_card import CARD, HELLASWAG, hellaswag_results
 
@@ -129,10 +129,12 @@ class HellaSwagArguments(ResultFlags, ScoringFlags):
 
 def main() -> None:
     args = parse_arguments(HellaSwagArguments, __doc__)
-    if not torch.cuda.is_available():
+    state = open_state()
+    check_launch(state.num_processes)
+    if state.device.type == "cpu":
         hardware.keep_freed_memory()
-    accelerator = Accelerator(cpu=not torch.cuda.is_available())
-    check_launch(accelerator.num_processes)
+    # In fp32 unless told otherwise, as the scores that are published.
+    accelerator = Accelerator(cpu=state.device.type == "cpu", mixed_precision=told_precision() or "no")
     if accelerator.is_main_process:
         load_metric()
 

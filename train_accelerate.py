@@ -1,14 +1,15 @@
 """
 Train a GPT-2 on packed shards, or on text that is packed while it trains.
 
-    accelerate launch --config_file configs/cpu.yaml --cpu --quiet train_accelerate.py \\
+    accelerate launch --config_file configs/one_device.yaml --quiet train_accelerate.py \\
         --data_dir data/demo --output_dir runs/small --config_overrides n_layer=2,n_embd=128,n_head=2 --max_steps 200
     accelerate launch --config_file accelerate_config.yaml train_accelerate.py --config configs/demo.yaml
     accelerate launch --config_file accelerate_config.yaml train_accelerate.py --streaming \\
         --dataset_name HuggingFaceFW/fineweb-edu --dataset_config_name sample-10BT \\
         --tokenizer_name openai-community/gpt2 --output_dir runs/fineweb-edu --tokens_per_step 524288
 
-The first is for a CPU, the others are for GPUs. Running the same command again continues from the last checkpoint.
+The first trains on the best device of the machine, the others on all its GPUs. Running the same command again
+continues from the last checkpoint.
 """
 
 import math
@@ -35,8 +36,9 @@ from eval_hellaswag import load_metric, score_on_all_processes, summarise
 from pretraining import hardware, publish
 from pretraining.anomalies import FINE, NOT_FINITE, SPIKE, Anomalies
 from pretraining.arguments import ProcessError, UserError, parse_arguments, run_script
-from pretraining.checkpoint import CheckpointWriter, LoopState, full_weights, generator_states, load_checkpoint
+from pretraining.checkpoint import CheckpointWriter, LoopState, full_weights, load_checkpoint
 from pretraining.checkpoint_folders import BEST, best_checkpoint, checkpoint_folder, set_aside_later
+from pretraining.cpu_products import use_fastest_products
 from pretraining.evaluation import encode_prompts, evaluate, write_samples
 from pretraining.hellaswag_items import EncodedItem, encode_items, load_hub_items, load_items
 from pretraining.identity import identity, is_same_data
@@ -50,13 +52,15 @@ from pretraining.launch import (
     open_accelerator,
     open_state,
 )
+from pretraining.launcher import told_precision
 from pretraining.memory import fit_into_memory, flags_for
 from pretraining.metrics import read_metrics
 from pretraining.model_card import duration
 from pretraining.models import attention_on, build_model, check_fit, check_tokenizer, load_config
-from pretraining.optim import build_optimizers, learning_rate_factor, parameter_groups, set_learning_rate
+from pretraining.optimizer import build_optimizer, has_fused_adamw, parameter_groups
 from pretraining.plots import plot_hellaswag, plot_loss
 from pretraining.position import Position
+from pretraining.precision import Precision, choose_precision, muon_dtype
 from pretraining.reference_scores import comparable_losses
 from pretraining.run import Run
 from pretraining.run_card import RunCard
@@ -64,6 +68,7 @@ from pretraining.run_files import EVENTS, HELLASWAG_PLOT, LOSS_PLOT
 from pretraining.run_folder import open_run_folder, write_arguments
 from pretraining.run_publishing import CheckpointPublisher, open_repository, publish_run, try_to_publish_run
 from pretraining.runlog import RunLog, send_unsent
+from pretraining.schedule import learning_rate_factor, set_learning_rate
 from pretraining.signals import StopSignals, follow_launcher, kill_workers
 from pretraining.sources import Batches, TrainingData, open_packed
 from pretraining.step_split import StepSplit, accumulation_steps
@@ -81,12 +86,12 @@ SAVING_FAILED = -1  # among the notes of a step, where the others are numbers of
 def main() -> None:
     args = parse_arguments(TrainArguments, __doc__)
     disable_progress_bar()  # transformers' own: there is one for the run
-    if not torch.cuda.is_available():
-        hardware.keep_freed_memory()
     follow_launcher()
     with StopSignals() as signals:
         state = open_state(args.ddp_timeout)
         check_launch(state.num_processes)
+        if state.device.type == "cpu":
+            hardware.keep_freed_memory()
         with Watchdog(state, args.ddp_timeout) as watchdog:
             try:
                 is_stopped = start(args, state, signals, watchdog)
@@ -106,6 +111,7 @@ class Setup:
     What is there before the model, and how it is fed.
 
     Attributes:
+        precision: of the accelerator, and why it was chosen.
         split: of a step's rows, as the flags say.
         identity: what makes this run this one, see `pretraining/identity.py`.
         hellaswag: its items, none if it is not asked for.
@@ -115,6 +121,7 @@ class Setup:
 
     args: TrainArguments
     accelerator: Accelerator
+    precision: Precision
     config: PreTrainedConfig
     data: TrainingData
     split: StepSplit
@@ -167,7 +174,8 @@ def prepare(args: TrainArguments, state: PartialState, signals: StopSignals, wat
     hellaswag = open_hellaswag(args, config, data, state) if args.hellaswag_steps else []
     repo_id = open_repository(args, state) if args.push_to_hub else None
     accumulation = accumulation_steps(args, data.block_size, state.num_processes)
-    accelerator = open_accelerator(state, accumulation, args.torch_compile, args.optim)
+    precision = on_main_process(state, lambda: choose_precision(state.device, told_precision()))
+    accelerator = open_accelerator(state, accumulation, args.torch_compile, precision.mixed_precision)
     split = StepSplit(
         batch_size=args.per_device_train_batch_size,
         gradient_accumulation_steps=accumulation,
@@ -186,6 +194,7 @@ def prepare(args: TrainArguments, state: PartialState, signals: StopSignals, wat
     return Setup(
         args=args,
         accelerator=accelerator,
+        precision=precision,
         config=config,
         data=data,
         split=split,
@@ -238,13 +247,13 @@ def train(setup: Setup) -> bool:
     signal stopped it before its end.
     """
     args, accelerator, data = setup.args, setup.accelerator, setup.data
-    model, optimizers, num_parameters = build(setup)
+    model, optimizer, num_parameters = build(setup)
     split = fit_into_memory(args, accelerator, model, setup.model_inputs, data.block_size, setup.split)
     set_seed(args.seed, device_specific=True)  # from here on each process has its own dropout
     run = new_run(setup, sum(num_parameters))
     anomalies = Anomalies(args.skip_loss_spikes, has_scaler=accelerator.scaler is not None)
-    position = resume(setup, setup.checkpoint, model, optimizers, run, anomalies) if setup.checkpoint else None
-    accelerator.print(summary(args, accelerator, data, run.tokens_per_step, num_parameters))
+    position = resume(setup, setup.checkpoint, model, optimizer, run, anomalies) if setup.checkpoint else None
+    accelerator.print(summary(setup, run.tokens_per_step, num_parameters))
     stream = position.streams[0] if position and is_same_data(position.identity, setup.identity) else None
     batches = data.batches(split, args.seed, run.step, stream)
     is_due = position is not None and position.is_due
@@ -256,9 +265,9 @@ def train(setup: Setup) -> bool:
             publisher = CheckpointPublisher(setup.output_dir, setup.repo_id, private, card.write, log.write)
         complete = partial(publish.write_tokenizer, data.tokenizer, setup.config.n_positions)
         writer = CheckpointWriter(
-            accelerator, setup.output_dir, model, optimizers, args.save_total_limit, complete, publisher
+            accelerator, setup.output_dir, model, optimizer, args.save_total_limit, complete, publisher
         )
-        training = Training(setup, run, model, optimizers, split, batches, log, writer, anomalies)
+        training = Training(setup, run, model, optimizer, split, batches, log, writer, anomalies)
         with out_of_memory_explained(args, split, run), writer:
             is_stopped = training.loop(is_due)
     if not is_stopped:
@@ -271,16 +280,24 @@ def train(setup: Setup) -> bool:
     return is_stopped
 
 
-def build(setup: Setup) -> tuple[nn.Module, list[Optimizer], list[int]]:
-    """Model and optimizers as `accelerator.prepare` returns them, and how many parameters each group has."""
+def build(setup: Setup) -> tuple[nn.Module, Optimizer, list[int]]:
+    """Model and optimizer as `accelerator.prepare` returns them, and how many parameters each group has."""
     args, accelerator = setup.args, setup.accelerator
     set_seed(args.seed)
     attention = attention_on(accelerator.device, accelerator.mixed_precision, args.attn_implementation)
     model = build_model(setup.config, args.model_name_or_path, attention, args.gradient_checkpointing)
+    is_fp32_on_a_cpu = accelerator.device.type == "cpu" and accelerator.mixed_precision == "no"
+    # Compiled layers have products of their own.
+    may_replace = is_fp32_on_a_cpu and not args.torch_compile
+    if may_replace and (message := use_fastest_products(model, setup.config.n_embd)):
+        accelerator.print(message)
     num_parameters = [sum(map(torch.numel, group)) for group in parameter_groups(model)]
-    optimizers = build_optimizers(model, args.optim, args.learning_rate, args.weight_decay, accelerator.device)
-    model, *optimizers = accelerator.prepare(model, *optimizers)
-    return model, optimizers, num_parameters
+    dtype = muon_dtype(accelerator.device, accelerator.mixed_precision)
+    optimizer = build_optimizer(
+        model, args.optim, args.learning_rate, args.weight_decay, accelerator.device, muon_dtype=dtype
+    )
+    model, optimizer = accelerator.prepare(model, optimizer)
+    return model, optimizer, num_parameters
 
 
 def new_run(setup: Setup, num_parameters: int) -> Run:
@@ -293,11 +310,11 @@ def new_run(setup: Setup, num_parameters: int) -> Run:
 
 
 def resume(
-    setup: Setup, checkpoint: Path, model: nn.Module, optimizers: list[Optimizer], run: Run, anomalies: Anomalies
+    setup: Setup, checkpoint: Path, model: nn.Module, optimizer: Optimizer, run: Run, anomalies: Anomalies
 ) -> Position:
     """Take all that the checkpoint holds. Returns its position."""
     args, accelerator = setup.args, setup.accelerator
-    position = load_checkpoint(accelerator, checkpoint, model, optimizers)
+    position = load_checkpoint(accelerator, checkpoint, model, optimizer)
     run.step, run.elapsed_before = position.step, position.elapsed_seconds
     anomalies.load(position.anomalies)
     accelerator.print(f"continuing from {checkpoint}")
@@ -325,26 +342,30 @@ def out_of_memory_explained(args: TrainArguments, split: StepSplit, run: Run) ->
         raise ProcessError(f"out of memory in step {run.step + 1}: try {less}") from error
 
 
-def summary(
-    args: TrainArguments, accelerator: Accelerator, data: TrainingData, tokens_per_step: int, num_parameters: list[int]
-) -> str:
+def summary(setup: Setup, tokens_per_step: int, num_parameters: list[int]) -> str:
     """
-    What is about to happen, in three lines.
+    Return three lines about what is going to happen, and one for each thing that the device lacks.
 
     Args:
         num_parameters: of each of `parameter_groups`.
     """
+    args, accelerator, data = setup.args, setup.accelerator, setup.data
     *decayed, rest = num_parameters
     tokens = args.max_steps * tokens_per_step
     text = ", ".join(source["name"] for source in data.sources)
     if data.statistics:
         text = f"{tokens / data.statistics['tokens']:.2f} epochs of {text}"
     device = hardware.device_description(accelerator.device, accelerator.num_processes)
-    return (
-        f"{sum(num_parameters):,} parameters: {sum(decayed):,} with weight decay, {rest:,} without\n"
-        f"{args.max_steps:,} steps of {tokens_per_step:,} tokens, {tokens:,} in all: {text}\n"
-        f"{device}, {accelerator.mixed_precision}"
-    )
+    lines = [
+        f"{sum(num_parameters):,} parameters: {sum(decayed):,} with weight decay, {rest:,} without",
+        f"{args.max_steps:,} steps of {tokens_per_step:,} tokens, {tokens:,} in all: {text}",
+        f"{device}, {setup.precision}",
+    ]
+    if setup.precision.warning:
+        lines.append(f"warning: {setup.precision.warning}")
+    if not has_fused_adamw(accelerator.device):
+        lines.append(f"torch has no fused AdamW for {accelerator.device.type}: AdamW takes several kernels")
+    return "\n".join(lines)
 
 
 @dataclass
@@ -353,7 +374,7 @@ class Training:
     The loop, and what it does now and then.
 
     Attributes:
-        model, optimizers: as `accelerator.prepare` returned them.
+        model, optimizer: as `accelerator.prepare` returned them.
         split: of a step's rows; the batch size that fits into memory.
         batches: micro-batches (batch_size, block_size) of this process.
         samples: the last ones written.
@@ -363,7 +384,7 @@ class Training:
     setup: Setup
     run: Run
     model: nn.Module
-    optimizers: list[Optimizer]
+    optimizer: Optimizer
     split: StepSplit
     batches: Batches
     log: RunLog
@@ -419,14 +440,14 @@ class Training:
         if not self.anomalies.in_a_row:
             self.last_good = self.state()
         factor = learning_rate_factor(run.step, args.lr_scheduler_type, args.warmup_steps, args.max_steps)
-        learning_rate = set_learning_rate(self.optimizers, factor)
+        learning_rate = set_learning_rate(self.optimizer, factor)
         self.watchdog.doing(f"reading the rows of step {run.step + 1}")
         rows = [next(self.batches) for _ in range(self.split.gradient_accumulation_steps)]
         self.watchdog.doing(f"in step {run.step + 1}")
         micro_batches = list(map(self.setup.model_inputs, rows))
         result = train_step(
             self.model,
-            self.optimizers,
+            self.optimizer,
             micro_batches,
             self.accelerator,
             args.max_grad_norm,
@@ -474,7 +495,7 @@ class Training:
         if anomalies.verdict == SPIKE:
             to_blame = list(range(len(rows)))
         else:
-            to_blame = suspects(result, self.model, self.optimizers, micro_batches, self.accelerator)
+            to_blame = suspects(result, self.model, self.optimizer, micro_batches, self.accelerator)
         event = describe(self.run.step, result, anomalies, to_blame, rows, self.data, self.split, self.args.seed)
         self.log.event(event)
         self.log.write(f"warning: {sentence(event)}; more in {EVENTS}")
@@ -510,7 +531,7 @@ class Training:
                 anomalies=self.anomalies.state(),
                 streams=[self.batches.position()],
             ),
-            generators=generator_states(self.accelerator.device),
+            generators=hardware.generator_states(self.accelerator.device),
         )
 
     def write_metrics(self, result: StepResult, learning_rate: float) -> None:

@@ -1,5 +1,5 @@
 """
-How long a checkpoint of GPT-2 124M stalls training, and what of it is hashing.
+Measure how long a checkpoint of GPT-2 124M stalls training, and how much of it is hashing.
 
     python benchmarks/checkpoints.py --output_dir /tmp
 
@@ -27,21 +27,22 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from safetensors.torch import save_file
 from transformers.utils.logging import disable_progress_bar
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import side_by_side
-from modeling_gpt2scratch import GPT2ScratchConfig, GPT2ScratchForCausalLM
+from modeling_gpt2scratch import GPT2ScratchConfig
 from pretraining import hardware
 from pretraining.arguments import flag, parse_arguments, run_script
-from pretraining.checkpoint import CheckpointWriter, LoopState, generator_states, load_checkpoint
+from pretraining.checkpoint import CheckpointWriter, LoopState, load_checkpoint
 from pretraining.checkpoint_folders import checkpoint_folder, verify
 from pretraining.files import sha256_of
+from pretraining.launch import open_accelerator, open_state
 from pretraining.markdown import table
-from pretraining.optim import build_optimizers
+from pretraining.models import attention_on, build_model
+from pretraining.optimizer import build_optimizer
 from pretraining.position import Position
 
 
@@ -49,16 +50,18 @@ from pretraining.position import Position
 class BenchmarkArguments:
     output_dir: str = flag(".", "a folder on the disk that is to be measured")
     config_name: str = flag("124M", "the model: 124M, 350M, 774M or 1558M")
+    mixed_precision: side_by_side.MixedPrecision = flag(None, side_by_side.PRECISION_HELP)
     rounds: int = flag(7, "how often")
 
 
 def main() -> None:
     args = parse_arguments(BenchmarkArguments, __doc__)
+    args.mixed_precision = side_by_side.precision(args.mixed_precision)
     disable_progress_bar()
-    if not torch.cuda.is_available():
+    if side_by_side.device().type == "cpu":
         hardware.keep_freed_memory()
     with tempfile.TemporaryDirectory(dir=args.output_dir) as folder:
-        seconds, size = measure(args.config_name, args.rounds, Path(folder))
+        seconds, size = measure(args, Path(folder))
     rows = [
         [name, f"{statistics.median(values):.2f}", f"{min(values):.2f} to {max(values):.2f}"]
         for name, values in seconds.items()
@@ -66,36 +69,39 @@ def main() -> None:
     print(
         side_by_side.section(
             ("torch", "accelerate", "safetensors"),
-            f"{args.config_name} with AdamW's state, {size / 1e9:.2f} GB, {args.rounds} checkpoints",
+            f"{args.config_name} with AdamW's state, {size / 1e9:.2f} GB, trained in "
+            f"{side_by_side.precision_name(args.mixed_precision)}, {args.rounds} checkpoints",
             table(["seconds", "median", "range"], rows),
         )
     )
 
 
-def measure(config_name: str, rounds: int, output_dir: Path) -> tuple[dict[str, list[float]], int]:
-    """Seconds of everything, by its name, and the size of a checkpoint in bytes."""
-    accelerator = Accelerator(cpu=not torch.cuda.is_available())
-    model = GPT2ScratchForCausalLM(GPT2ScratchConfig.from_preset(config_name)).train()
-    optimizers = build_optimizers(model, "adamw", 6e-4, 0.1, accelerator.device)
-    model, *optimizers = accelerator.prepare(model, *optimizers)
+def measure(args: BenchmarkArguments, output_dir: Path) -> tuple[dict[str, list[float]], int]:
+    """Return seconds of everything, by its name, and the size of a checkpoint in bytes."""
+    accelerator = open_accelerator(open_state(), 1, False, args.mixed_precision)
+    attention = attention_on(accelerator.device, args.mixed_precision, "sdpa")
+    config = GPT2ScratchConfig.from_preset(args.config_name)
+    model = build_model(config, None, attention, gradient_checkpointing=False)
+    optimizer = build_optimizer(model, "adamw", 6e-4, 0.1, accelerator.device)
+    model, optimizer = accelerator.prepare(model, optimizer)
     row = torch.randint(0, model.config.vocab_size, (1, 256), device=accelerator.device)
     seconds: dict[str, list[float]] = defaultdict(list)
 
     def step() -> None:
         accelerator.backward(model(row, labels=row, use_cache=False).loss)
-        optimizers[0].step()
-        optimizers[0].zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
 
     def timed(name: str, work: Callable[[], object]) -> float:
         seconds[name].append(side_by_side.seconds(work))
         return seconds[name][-1]
 
     step()  # makes the moments
-    with CheckpointWriter(accelerator, output_dir, model, optimizers, save_total_limit=2) as writer:
-        for number in range(1, rounds + 1):
+    with CheckpointWriter(accelerator, output_dir, model, optimizer, save_total_limit=2) as writer:
+        for number in range(1, args.rounds + 1):
             usual = statistics.median(timed("step", step) for _ in range(5))
             position = Position(number, 0.0, False, {}, {"recent": []}, [None])
-            state = LoopState(position, generator_states(accelerator.device))
+            state = LoopState(position, hardware.generator_states(accelerator.device))
             timed("stall", partial(writer.save, state))
             started, steps = time.perf_counter(), 0
             while writer.is_writing():
@@ -108,8 +114,8 @@ def measure(config_name: str, rounds: int, output_dir: Path) -> tuple[dict[str, 
             folder = checkpoint_folder(output_dir, number)
             timed("hashing", partial(hash_all, folder))
             timed("verify", partial(verify, folder))
-            timed("load", partial(load_checkpoint, accelerator, folder, model, optimizers))
-            timed("plain write", partial(plain_write, model, optimizers[0], output_dir))
+            timed("load", partial(load_checkpoint, accelerator, folder, model, optimizer))
+            timed("plain write", partial(plain_write, model, optimizer, output_dir))
     return seconds, sum(path.stat().st_size for path in folder.iterdir())
 
 

@@ -11,7 +11,6 @@ import json
 import statistics
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,7 +33,7 @@ class BenchmarkArguments:
     tokens: int = flag(16_384, "of a step")
     n_embd: int = flag(768, "the model's width")
     vocab_size: int = flag(50_257, "its vocabulary")
-    fp32: bool = flag(False, "in fp32, without autocast")
+    mixed_precision: side_by_side.MixedPrecision = flag(None, side_by_side.PRECISION_HELP)
     steps: int = flag(2, "of which each process takes the median, after one to warm up")
     rounds: int = flag(5, "processes of each form")
     measure: str = flag(None, "measure this form, in this process")
@@ -49,16 +48,18 @@ def measure(args: BenchmarkArguments) -> dict[str, float]:
     if device.type == "cpu":
         hardware.keep_freed_memory()
     torch.manual_seed(0)
-    forms: dict[str, Callable] = {OURS: linear_cross_entropy, EAGER: plain, COMPILED: torch.compile(plain)}
+    forms: dict[str, Callable] = {OURS: linear_cross_entropy, EAGER: plain}
+    form = forms[args.measure] if args.measure in forms else torch.compile(plain)
     hidden = torch.randn(args.tokens, args.n_embd, device=device, requires_grad=True)
     weight = torch.randn(args.vocab_size, args.n_embd, device=device).mul_(0.02).requires_grad_()
     labels = torch.randint(args.vocab_size, (args.tokens,), device=device)
+    scaler = side_by_side.loss_scaler(args.mixed_precision)
 
     def step() -> None:
         hidden.grad = weight.grad = None
-        with nullcontext() if args.fp32 else torch.autocast(device.type, torch.bfloat16):
-            loss = forms[args.measure](hidden, weight, labels)
-        loss.backward()
+        with side_by_side.autocast(args.mixed_precision):
+            loss = form(hidden, weight, labels)
+        scaler.scale(loss).backward()
 
     if args.measure == COMPILED:
         step()  # the compiler's own memory is not the form's
@@ -72,13 +73,15 @@ def measure(args: BenchmarkArguments) -> dict[str, float]:
 
 def main() -> None:
     args = parse_arguments(BenchmarkArguments, __doc__)
+    args.mixed_precision = side_by_side.precision(args.mixed_precision)
     if args.measure:
         print(json.dumps(measure(args)))
         return
-    shape = ["--tokens", args.tokens, "--n_embd", args.n_embd, "--vocab_size", args.vocab_size, "--fp32", args.fp32]
+    flags = ["--tokens", args.tokens, "--n_embd", args.n_embd, "--vocab_size", args.vocab_size, "--steps", args.steps]
+    flags += ["--mixed_precision", args.mixed_precision]
     names = (OURS, EAGER, COMPILED)
-    measured = side_by_side.in_turns(__file__, names, args.rounds, *shape, "--steps", args.steps)
-    rows = side_by_side.medians(measured, {"seconds": ".2f", "megabytes": ",.0f"})
+    measured = side_by_side.in_turns(__file__, names, args.rounds, *flags)
+    rows = side_by_side.medians(measured, {"seconds": ".3g", "megabytes": ",.0f"})
     for name, row in zip(names, rows, strict=True):
         faster = side_by_side.ratio(measured, name, OURS, "seconds")
         smaller = side_by_side.ratio(measured, OURS, name, "megabytes")
@@ -87,10 +90,16 @@ def main() -> None:
     print(
         side_by_side.section(
             ["torch"],
-            f"{args.tokens:,} tokens, width {args.n_embd}, vocabulary {args.vocab_size:,}, "
-            f"{'fp32' if args.fp32 else 'bf16 autocast'}, medians of {args.rounds} rounds",
+            f"{described(args)}, medians of {args.rounds} rounds",
             table(header, rows),
         )
+    )
+
+
+def described(args: BenchmarkArguments) -> str:
+    return (
+        f"{args.tokens:,} tokens, width {args.n_embd}, vocabulary {args.vocab_size:,}, "
+        f"{side_by_side.precision_name(args.mixed_precision)}{' autocast' if args.mixed_precision != 'no' else ''}"
     )
 
 

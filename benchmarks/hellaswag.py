@@ -8,8 +8,9 @@ All score the same items with the same model, of random weights, in turns, in th
 log-likelihoods:
 
     one at a time         an item's four endings in a forward pass, all logits, as build-nanogpt's hellaswag.py does
-    completion, lm_eval   the scorer with either protocol, in fp32 and under bf16 autocast
-    lm-eval               lm-evaluation-harness's HFLM, with as many sequences at once as the scorer has endings
+    completion, lm_eval   the scorer with either protocol, in fp32, and under autocast in the machine's precision
+    lm-eval               lm-evaluation-harness's HFLM, with as many sequences at once as the scorer has endings; left
+                          out, with the scorer's protocol of that name, where it is not installed
 
 Prints medians over the rounds, how far log-likelihoods are from the scorer's in fp32, and how many of the choices that
 acc and acc_norm count (two an item) are others.
@@ -17,11 +18,10 @@ acc and acc_norm count (two an item) are others.
 
 import statistics
 import sys
-import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -34,7 +34,7 @@ from benchmarks import side_by_side
 from eval_hellaswag import can_be_trees, score_items
 from modeling_gpt2scratch import GPT2ScratchConfig, GPT2ScratchForCausalLM
 from pretraining import hardware
-from pretraining.arguments import UserError, flag, parse_arguments, run_script
+from pretraining.arguments import flag, parse_arguments, run_script
 from pretraining.hellaswag_items import Protocol, encode_items, load_hub_items, load_items
 from pretraining.markdown import table
 from pretraining.model_card import HELLASWAG
@@ -50,12 +50,13 @@ class BenchmarkArguments:
     config_name: str = flag("124M", "the model: 124M, 350M, 774M or 1558M")
     limit: int = flag(200, "so many items, evenly spread over all of them")
     per_device_eval_batch_size: int = flag(8, "items at once")
+    mixed_precision: side_by_side.MixedPrecision = flag(None, side_by_side.PRECISION_HELP + "; fp32 is measured too")
     rounds: int = flag(3, "how often")
 
 
 def main() -> None:
     args = parse_arguments(BenchmarkArguments, __doc__)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = side_by_side.device()
     if device.type == "cpu":
         hardware.keep_freed_memory()
     torch.manual_seed(0)
@@ -63,47 +64,59 @@ def main() -> None:
     tokenizer = load_tokenizer(args.tokenizer_name)
     items = load_items(args.data_file) if args.data_file else load_hub_items()
     items = items[:: max(1, len(items) // args.limit)][: args.limit]
-    batch_size = args.per_device_eval_batch_size
-
-    programs: dict[str, Callable[[], Sums]] = {
-        "one at a time": partial(one_at_a_time, model, tokenizer, items),
-        "completion": partial(scorer, model, tokenizer, items, "completion", batch_size),
-        "completion, bf16": partial(scorer, model, tokenizer, items, "completion", batch_size, bf16=True),
-        "lm-eval": harness(model, tokenizer, items, batch_size),
-        "lm_eval": partial(scorer, model, tokenizer, items, "lm_eval", batch_size),
-        "lm_eval, bf16": partial(scorer, model, tokenizer, items, "lm_eval", batch_size, bf16=True),
-    }
-    seconds: dict[str, list[float]] = {name: [] for name in programs}
-    sums: dict[str, Sums] = {}
-    for _ in range(args.rounds):
-        for name, program in programs.items():
-            started = time.perf_counter()
-            sums[name] = program()
-            seconds[name].append(time.perf_counter() - started)
-
-    lengths = {
-        protocol: [item.lengths for item in encode_items(model.config, tokenizer, items, protocol)]
-        for protocol in ("completion", "lm_eval")
-    }
-    rows = []
-    for name in programs:
-        other = "one at a time" if name.startswith(("one", "completion")) else "lm-eval"
-        ratio = statistics.median(slow / fast for slow, fast in zip(seconds[other], seconds[name], strict=True))
-        rate = len(items) / statistics.median(seconds[name])
-        protocol = "completion" if other == "one at a time" else "lm_eval"
-        pairs = zip(choices(sums[name], lengths[protocol]), choices(sums[protocol], lengths[protocol]), strict=True)
-        changed = sum(one != two for one, two in pairs)
-        rows.append(
-            [name, f"{rate:.2f}", f"{ratio:.2f} ({other})", f"{furthest(sums[name], sums[protocol]):.1e}", changed]
-        )
-    header = ["", "items a second", "times that of", "log-likelihoods within", "other choices"]
+    batch_size, mixed_precision = args.per_device_eval_batch_size, side_by_side.precision(args.mixed_precision)
+    with_harness = find_spec("lm_eval") is not None
     print(
         side_by_side.section(
-            ("torch", "transformers", "lm-eval"),
+            ("torch", "transformers", *(["lm-eval"] if with_harness else [])),
             f"{args.config_name}, {len(items)} items, {batch_size} at once, medians of {args.rounds} rounds",
-            table(header, rows),
+            compare(model, tokenizer, items, batch_size, mixed_precision, with_harness, args.rounds),
         )
     )
+
+
+def compare(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    items: list[dict],
+    batch_size: int,
+    mixed_precision: str,
+    with_harness: bool,
+    rounds: int,
+) -> str:
+    """Run all programs in turns. Returns a table in Markdown."""
+    protocols: dict[Protocol, str] = {"completion": "one at a time"}  # with the program to compare each with
+    programs: dict[str, Callable[[], Sums]] = {"one at a time": partial(one_at_a_time, model, tokenizer, items)}
+    if with_harness:
+        protocols["lm_eval"] = "lm-eval"
+        programs["lm-eval"] = harness(model, tokenizer, items, batch_size)
+    for protocol in protocols:
+        for precision in dict.fromkeys(("no", mixed_precision)):
+            name = f"{protocol}, {side_by_side.precision_name(precision)}"
+            programs[name] = partial(scorer, model, tokenizer, items, protocol, batch_size, precision)
+    seconds: dict[str, list[float]] = {name: [] for name in programs}
+    sums: dict[str, Sums] = {}
+
+    def run(name: str) -> None:
+        sums[name] = programs[name]()
+
+    for _ in range(rounds):
+        for name in programs:
+            seconds[name].append(side_by_side.seconds(partial(run, name)))
+
+    rows: list[list[object]] = []
+    for protocol, other in protocols.items():
+        lengths = [item.lengths for item in encode_items(model.config, tokenizer, items, protocol)]
+        reference = sums[f"{protocol}, fp32"]
+        for name in programs:
+            if name != other and not name.startswith(f"{protocol},"):
+                continue
+            ratio = statistics.median(slow / fast for slow, fast in zip(seconds[other], seconds[name], strict=True))
+            pairs = zip(choices(sums[name], lengths), choices(reference, lengths), strict=True)
+            changed = sum(one != two for one, two in pairs)
+            rate = f"{len(items) / statistics.median(seconds[name]):.2f}"
+            rows.append([name, rate, f"{ratio:.2f} ({other})", f"{furthest(sums[name], reference):.1e}", changed])
+    return table(["", "items a second", "times that of", "log-likelihoods within", "other choices"], rows)
 
 
 def one_at_a_time(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, items: list[dict]) -> Sums:
@@ -131,9 +144,9 @@ def scorer(
     items: list[dict],
     protocol: Protocol,
     batch_size: int,
-    bf16: bool = False,
+    mixed_precision: str,
 ) -> Sums:
-    with torch.autocast(model.device.type, torch.bfloat16) if bf16 else nullcontext():
+    with side_by_side.autocast(mixed_precision):
         encoded = encode_items(model.config, tokenizer, items, protocol)
         scores = score_items(model, encoded, batch_size, as_trees=can_be_trees(model, encoded))
     return [score["loglikelihoods"] for score in scores]
@@ -142,12 +155,10 @@ def scorer(
 def harness(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, items: list[dict], batch_size: int
 ) -> Callable[[], Sums]:
-    try:
-        from lm_eval.api.instance import Instance
-        from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks.hellaswag.utils import preprocess
-    except ImportError as error:
-        raise UserError(f"lm-evaluation-harness is needed, pip install lm-eval: {error}") from None
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks.hellaswag.utils import preprocess
+
     lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4 * batch_size)
     requests = []
     for item in items:

@@ -1,5 +1,5 @@
 """
-How many tokens Muon needs to reach the validation loss at which AdamW ends, both with their best learning rate.
+Measure how many tokens Muon needs to reach the final validation loss of AdamW, both with their best learning rate.
 
     python benchmarks/optimizers.py                                     # on data/demo, about an hour on one CPU core
     python benchmarks/optimizers.py --steps 800 --jobs 3 --work_dir runs/wide \\
@@ -50,6 +50,7 @@ class BenchmarkArguments:
     adamw_learning_rates: list[float] = flag([2e-3, 4e-3, 8e-3], "AdamW's grid", nargs="+")
     muon_learning_rates: list[float] = flag([3e-3, 6e-3, 1.2e-2], "Muon's grid", nargs="+")
     eval_iters: int = flag(None, "see train_accelerate.py; all validation rows if left out")
+    mixed_precision: side_by_side.MixedPrecision = flag(None, side_by_side.PRECISION_HELP)
     jobs: int = flag(1, "seeds that run at the same time")
     plot: str = flag("docs/optimizers.png", "the picture to write")
 
@@ -89,7 +90,7 @@ def train(args: BenchmarkArguments, optim: str, learning_rate: float, steps: int
         words = [word for name, value in flags.items() if value is not None for word in (f"--{name}", str(value))]
         result = subprocess.run(
             [sys.executable, str(SCRIPT), *words],
-            env={"ACCELERATE_MIXED_PRECISION": "bf16", "OMP_NUM_THREADS": "1", **os.environ},
+            env={"OMP_NUM_THREADS": "1", **os.environ, "ACCELERATE_MIXED_PRECISION": args.mixed_precision},
             capture_output=True,
             text=True,
         )
@@ -188,7 +189,7 @@ def draw(path: Path, curves: dict[str, list[tuple]], ends: dict[int, list[float]
 
 def check_work_dir(args: BenchmarkArguments) -> None:
     """Names of runs do not tell the model and the data, so a folder belongs to one of each."""
-    names = "data_dir config_overrides per_device_train_batch_size eval_iters"
+    names = "data_dir config_overrides per_device_train_batch_size eval_iters mixed_precision"
     given, path = {name: getattr(args, name) for name in names.split()}, Path(args.work_dir) / "benchmark.json"
     if path.exists() and json.loads(path.read_text()) != given:
         raise UserError(f"--work_dir {args.work_dir} holds runs of {path.read_text()}: choose another")
@@ -198,6 +199,7 @@ def check_work_dir(args: BenchmarkArguments) -> None:
 
 def main() -> None:
     args = parse_arguments(BenchmarkArguments, __doc__)
+    args.mixed_precision = side_by_side.precision(args.mixed_precision)
     check_work_dir(args)
     adamw_rate, adamw = tune(args, "adamw", args.adamw_learning_rates, args.steps)
     tuned_steps = round(TUNED_AT * args.steps)
@@ -223,7 +225,8 @@ def main() -> None:
     print(
         side_by_side.section(
             ("torch", "transformers", "accelerate"),
-            f"{args.config_overrides}, {tokens_per_step:,} tokens a step, warm-up over {WARMUP:.0%} of a run's steps "
+            f"{args.config_overrides}, {tokens_per_step:,} tokens a step, "
+            f"{side_by_side.precision_name(args.mixed_precision)}, warm-up over {WARMUP:.0%} of a run's steps "
             f"and linearly to zero; mean and standard deviation over {len(args.seeds)} seeds",
             table(header, (figures(*row) for row in rows)),
             f"Muon needs {ratio:.3f} of AdamW's tokens to reach its final loss of {target:.3f}; seed by seed "

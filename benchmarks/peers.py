@@ -1,4 +1,4 @@
-"""What this project is measured against, where it cannot be installed: transcriptions of the method, not the code."""
+"""Peers of the benchmarks that cannot be installed: transcriptions of the method, not the code."""
 
 import torch
 from torch import nn

@@ -1,8 +1,13 @@
-"""What the benchmarks share: programs in turns, each in a process of its own, and the Markdown that tells of them."""
+"""
+Tools of the benchmarks: run programs in turns, each in a process of its own, choose the device and the precision that
+they run in, and report them in Markdown.
+"""
 
 import ctypes
+import functools
 import gc
 import json
+import math
 import os
 import platform
 import statistics
@@ -10,13 +15,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
+from typing import Literal, cast
 
 import torch
 
+from pretraining import hardware
+from pretraining.precision import NAMES, choose_precision
+
 Measured = dict[str, list[dict[str, float]]]  # by name, of each round
+MixedPrecision = Literal["no", "bf16", "fp16"]
+PRECISION_HELP = "the precision; what train_accelerate.py would choose on this machine if left out"
+DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def in_turns(script: str, names: Iterable[str], rounds: int, *arguments: object) -> Measured:
@@ -46,17 +59,49 @@ def median(measured: Measured, name: str, figure: str) -> float:
 
 
 def ratio(measured: Measured, name: str, other: str, figure: str) -> float:
-    """The median, over the rounds, of what `name` has of `other`'s figure."""
+    """Return the median, over the rounds, of a figure of `name` divided by that of `other`."""
     pairs = zip(measured[name], measured[other], strict=True)
     return statistics.median(one[figure] / two[figure] for one, two in pairs)
 
 
 def medians(measured: Measured, formats: dict[str, str]) -> list[list[str]]:
-    """Of each name a row of a table: its median of each figure, written as its format says."""
+    """Return a row of a table for each name: the median of each figure, in its format."""
     return [
         [name, *(format(median(measured, name, figure), spec) for figure, spec in formats.items())]
         for name in measured
     ]
+
+
+@functools.cache
+def device() -> torch.device:
+    """Return the device that training would use: the accelerator that accelerate finds, or the CPU."""
+    from pretraining.launch import open_state  # here, as start_up.py's other script does without
+
+    return open_state().device
+
+
+def precision(told: str | None) -> MixedPrecision:
+    """Return the precision that was asked for, or else what training would choose here, as accelerate names it."""
+    from pretraining.launcher import told_precision
+
+    return cast(MixedPrecision, choose_precision(device(), told or told_precision()).mixed_precision)
+
+
+def precision_name(mixed_precision: str) -> str:
+    """Return `fp32`, `bf16` or `fp16`."""
+    return NAMES[mixed_precision]
+
+
+def autocast(mixed_precision: str) -> AbstractContextManager:
+    """Return torch's autocast in this precision, which does nothing for fp32."""
+    if mixed_precision == "no":
+        return nullcontext()
+    return torch.autocast(device().type, DTYPES[mixed_precision])
+
+
+def loss_scaler(mixed_precision: str) -> torch.amp.GradScaler:
+    """Return torch's loss scaling, which does nothing except in fp16."""
+    return torch.amp.GradScaler(device().type, enabled=mixed_precision == "fp16")
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -68,13 +113,15 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    if device().type != "cpu":
+        torch.accelerator.synchronize()
 
 
 def forget_peak_memory() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
+    if device().type != "cpu":
+        reset = getattr(torch.get_device_module(device()), "reset_peak_memory_stats", None)
+        if reset:
+            reset()
     else:
         gc.collect()
         if platform.libc_ver()[0] == "glibc":
@@ -83,21 +130,21 @@ def forget_peak_memory() -> None:
 
 
 def memory(peak: bool = False) -> float:
-    """Megabytes that this process has on the device, or had at most since `forget_peak_memory`."""
-    if torch.cuda.is_available():
-        return (torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()) / 1e6
+    """
+    Return the megabytes that this process has on the device, or had at most since `forget_peak_memory`. NaN where the
+    device's allocator does not count them: Apple's has no peak.
+    """
+    if device().type != "cpu":
+        read = getattr(torch.get_device_module(device()), "max_memory_allocated" if peak else "memory_allocated", None)
+        return read() / 1e6 if read else math.nan
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(status["VmHWM" if peak else "VmRSS"].split()[0]) * 1024 / 1e6
 
 
-def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def here(*packages: str) -> str:
-    """When and on what: `2026-11-22, AMD EPYC, 2 cores; torch 2.13.0, transformers 5.23.0`."""
-    if torch.cuda.is_available():
-        place = torch.cuda.get_device_name()
+    """Return when and on what: `2026-11-22, AMD EPYC, 2 cores; torch 2.13.0, transformers 5.23.0`."""
+    if device().type != "cpu":
+        place = hardware.device_description(device(), 1)
     else:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
@@ -107,5 +154,5 @@ def here(*packages: str) -> str:
 
 
 def section(packages: Iterable[str], described: str, *parts: str) -> str:
-    """Markdown: when and on what, then a line of what was measured, then tables and sentences."""
+    """Return Markdown: when and on what, then a line about what was measured, then tables and sentences."""
     return "\n\n".join([here(*packages), f"{described}:", *parts])

@@ -1,5 +1,5 @@
 """
-From the start of the process to the end of the first training step, on prepared data.
+Measure the time from the start of the process to the end of the first training step, on prepared data.
 
     python benchmarks/start_up.py                                                       # on data/demo
 
@@ -17,8 +17,6 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import side_by_side
@@ -34,13 +32,17 @@ ROWS = 16  # of a step
 @dataclass
 class BenchmarkArguments:
     data_dir: str = flag("data/demo", "a data folder made by prepare_data.py")
+    mixed_precision: side_by_side.MixedPrecision = flag(None, side_by_side.PRECISION_HELP)
     rounds: int = flag(7, "processes of each")
     measure: str = flag(None, "measure this one")
     saved: str = flag(None, "the rows, as `datasets` saves them; made and used by this script itself")
 
 
-def run_clm(saved: str, output_dir: str) -> None:
-    """The whole of the other script: it is run as `start_up.py SAVED OUTPUT_DIR` and writes `step` after its first."""
+def run_clm(saved: str, output_dir: str, *flags: str) -> None:
+    """
+    The whole of the other script: it is run as `start_up.py SAVED OUTPUT_DIR`, with flags of Trainer's, and writes the
+    file `step` after its first step.
+    """
     from datasets import load_from_disk
     from transformers import (
         AutoTokenizer,
@@ -58,9 +60,8 @@ def run_clm(saved: str, output_dir: str) -> None:
         def on_step_end(self, *args: object, **kwargs: object) -> None:
             Path(output_dir, "step").touch()
 
-    words = ["--output_dir", output_dir, "--bf16", "--max_steps", "2", "--report_to", "none"]
+    words = ["--output_dir", output_dir, "--max_steps", "2", "--report_to", "none", *flags]
     words += ["--per_device_train_batch_size", str(ROWS), "--save_strategy", "no"]
-    words += [] if torch.cuda.is_available() else ["--use_cpu"]
     (training_args,) = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses(words)
     set_seed(training_args.seed)
     rows = load_from_disk(saved)
@@ -99,10 +100,16 @@ def measure(args: BenchmarkArguments) -> dict[str, float]:
             log = Path(folder) / "metrics.jsonl"
         else:
             command, log = [__file__, args.saved, folder], Path(folder) / "step"
-        environment = {"ACCELERATE_MIXED_PRECISION": "bf16", **os.environ, "HF_HUB_OFFLINE": "1"}
-        silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+            command += [] if args.mixed_precision == "no" else [f"--{args.mixed_precision}"]
+            command += ["--use_cpu"] if side_by_side.device().type == "cpu" else []
+        environment = {**os.environ, "ACCELERATE_MIXED_PRECISION": args.mixed_precision, "HF_HUB_OFFLINE": "1"}
         started = time.perf_counter()
-        with subprocess.Popen([sys.executable, *command], env=environment, **silent) as process:
+        with subprocess.Popen(
+            [sys.executable, *map(str, command)],
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        ) as process:
             while not (log.exists() and (log.name == "step" or log.stat().st_size)):
                 if process.poll() is not None:
                     raise RuntimeError(f"{args.measure} ended before its first step")
@@ -115,12 +122,13 @@ def measure(args: BenchmarkArguments) -> dict[str, float]:
 
 def main() -> None:
     args = parse_arguments(BenchmarkArguments, __doc__)
+    args.mixed_precision = side_by_side.precision(args.mixed_precision)
     if args.measure:
         print(json.dumps(measure(args)))
         return
     with tempfile.TemporaryDirectory() as folder:
         save_rows(args.data_dir, folder)
-        flags = ["--data_dir", args.data_dir, "--saved", folder]
+        flags = ["--data_dir", args.data_dir, "--saved", folder, "--mixed_precision", args.mixed_precision]
         side_by_side.in_turns(__file__, (OURS, RUN_CLM), 1, *flags)  # which reads the files into memory
         measured = side_by_side.in_turns(__file__, (OURS, RUN_CLM), args.rounds, *flags)
     header = ["", "seconds to the end of the first step", "peak MB by then"]
@@ -128,8 +136,8 @@ def main() -> None:
     print(
         side_by_side.section(
             ("torch", "transformers", "accelerate", "datasets"),
-            f"{', '.join(f'{name} {value}' for name, value in SHAPE.items())}, {ROWS} rows, medians of {args.rounds} "
-            "rounds",
+            f"{', '.join(f'{name} {value}' for name, value in SHAPE.items())}, {ROWS} rows, "
+            f"{side_by_side.precision_name(args.mixed_precision)}, medians of {args.rounds} rounds",
             table(header, side_by_side.medians(measured, {"seconds": ".2f", "megabytes": ",.0f"})),
             f"Ours is {faster:.2f} times as fast.",
         )
@@ -137,7 +145,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 3 and not sys.argv[1].startswith("--"):
+    if len(sys.argv) > 2 and not sys.argv[1].startswith("--"):
         run_clm(*sys.argv[1:])
     else:
         run_script(main)

@@ -2,7 +2,7 @@
 What a checkpoint holds, from all processes into its folder and back.
 
 checkpoint-000500/   config.json, model.safetensors, its code, the tokenizer   as `save_pretrained` writes them
-                     optimizer.pt    the optimizers' state, by the parameters' names
+                     optimizer.pt    the optimizer's state, by the parameters' names
                      rng.pt          the random generators of every process
                      position.json   the loop's own state, see position.py
                      manifest.json   written last: size and sha256 of every other file
@@ -37,6 +37,7 @@ from torch.optim import Optimizer
 from pretraining.arguments import UserError, one_line
 from pretraining.checkpoint_folders import checkpoint_folder, commit, mark_best, rotate
 from pretraining.files import INCOMPLETE
+from pretraining.hardware import restore_generators
 from pretraining.launch import on_main_process
 from pretraining.position import Position
 from pretraining.run_files import WEIGHTS
@@ -49,7 +50,7 @@ OF_ANOTHER_KIND = (OSError, ValueError, KeyError, TypeError, RuntimeError, Safet
 @dataclass(frozen=True)
 class LoopState:
     """
-    Where a process stands between two steps, but for weights and optimizers.
+    Where a process stands between two steps, but for weights and optimizer.
 
     Attributes:
         position: with the stream of this process.
@@ -77,7 +78,7 @@ class CheckpointWriter:
     by a thread of the first one. A context manager, which waits for the thread.
 
     Args:
-        model, optimizers: as `accelerator.prepare` returned them.
+        model, optimizer: as `accelerator.prepare` returned them.
         save_total_limit: how many to keep, beside the best one.
         complete: writes into the folder what the model needs to be used, a tokenizer; called by the thread.
         on_saved: called with the folder and position of each that is written, by the thread.
@@ -88,7 +89,7 @@ class CheckpointWriter:
         accelerator: Accelerator,
         output_dir: Path,
         model: nn.Module,
-        optimizers: list[Optimizer],
+        optimizer: Optimizer,
         save_total_limit: int,
         complete: Callable[[Path], None] | None = None,
         on_saved: Callable[[Path, Position], None] | None = None,
@@ -96,7 +97,7 @@ class CheckpointWriter:
         self.accelerator = accelerator
         self.output_dir = output_dir
         self.model = model
-        self.optimizers = optimizers
+        self.optimizer = optimizer
         self.save_total_limit = save_total_limit
         self.complete = complete
         self.on_saved = on_saved
@@ -120,9 +121,9 @@ class CheckpointWriter:
         """
         self.wait()
         weights = full_weights(self.accelerator, self.model)
-        optimizers = _unwrapped(self.optimizers)
+        optimizer = _unwrapped(self.optimizer)
         optimizer_state: dict[str, Any] = {
-            "optimizers": get_optimizer_state_dict(self.model, optimizers, options=FULL_STATE)
+            "optimizers": get_optimizer_state_dict(self.model, optimizer, options=FULL_STATE)
         }
         if self.accelerator.scaler is not None:
             optimizer_state["scaler"] = self.accelerator.scaler.state_dict()
@@ -182,9 +183,9 @@ class CheckpointWriter:
             self.on_saved(final, position)
 
 
-def load_checkpoint(accelerator: Accelerator, folder: Path, model: nn.Module, optimizers: list[Optimizer]) -> Position:
+def load_checkpoint(accelerator: Accelerator, folder: Path, model: nn.Module, optimizer: Optimizer) -> Position:
     """
-    Restore model, optimizers and random generators of all processes. Returns the position it was saved with, as it is
+    Restore model, optimizer and random generators of all processes. Returns the position it was saved with, as it is
     this process's.
 
     Args:
@@ -211,12 +212,12 @@ def load_checkpoint(accelerator: Accelerator, folder: Path, model: nn.Module, op
     position, generators = on_main_process(accelerator.state, read)
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=accelerator.num_processes > 1)
     set_model_state_dict(model, weights, options=options)
-    _restore_optimizers(model, optimizers, optimizer_state["optimizers"], options)
+    _restore_optimizer(model, optimizer, optimizer_state["optimizers"], options)
     scaler_state = broadcast_object_list([optimizer_state.get("scaler")])[0]
     if accelerator.scaler is not None and scaler_state:
         accelerator.scaler.load_state_dict(scaler_state)
     if len(generators) == accelerator.num_processes:
-        _restore_generators(generators[accelerator.process_index], accelerator.device)
+        restore_generators(generators[accelerator.process_index], accelerator.device)
     else:  # not the first step's dropout once more
         torch.manual_seed(torch.initial_seed() + position.step)
     return position.of_process(accelerator.process_index)
@@ -231,30 +232,24 @@ def _read_weights(folder: Path, accelerator: Accelerator, model: nn.Module) -> d
     return weights
 
 
-def _restore_optimizers(model: nn.Module, optimizers: list[Optimizer], state: dict, options: StateDictOptions) -> None:
-    """But for the flags of now, where --allow_changes lets them differ. The groups are replaced by new ones."""
-    flags = [
-        {name: group[name] for name in ("initial_lr", "weight_decay")}
-        for optimizer in optimizers
-        for group in optimizer.param_groups
-    ]
-    set_optimizer_state_dict(model, _unwrapped(optimizers), state, options=options)
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    for group, values in zip(groups, flags, strict=True):
-        group.update(values)
+def _restore_optimizer(model: nn.Module, optimizer: Optimizer, state: dict, options: StateDictOptions) -> None:
+    """
+    Restore the optimizer's state, but keep the groups' settings: they follow from the flags of now, which
+    --allow_changes may let differ, from the device, and from the version of the program.
 
-
-def generator_states(device: torch.device) -> dict[str, torch.Tensor]:
-    states = {"cpu": torch.get_rng_state()}
-    if device.type != "cpu":
-        states[device.type] = torch.get_device_module(device).get_rng_state()
-    return states
-
-
-def _restore_generators(states: dict[str, torch.Tensor], device: torch.device) -> None:
-    torch.set_rng_state(states["cpu"])
-    if device.type in states and device.type != "cpu":
-        torch.get_device_module(device).set_rng_state(states[device.type])
+    Args:
+        state: as it was saved; empty on processes that get theirs from the first one.
+    """
+    if state:
+        settings = [
+            {name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups
+        ]
+        groups = [
+            {"params": saved["params"], **values}
+            for saved, values in zip(state["param_groups"], settings, strict=True)
+        ]
+        state = {**state, "param_groups": groups}
+    set_optimizer_state_dict(model, _unwrapped(optimizer), state, options=options)
 
 
 def _aliases(accelerator: Accelerator, model: nn.Module) -> dict[str, str]:
@@ -279,5 +274,5 @@ def _copied(state: Any) -> Any:
     return state.clone() if isinstance(state, torch.Tensor) else state
 
 
-def _unwrapped(optimizers: list[Optimizer]) -> list[Optimizer]:
-    return [getattr(optimizer, "optimizer", optimizer) for optimizer in optimizers]
+def _unwrapped(optimizer: Optimizer) -> Optimizer:
+    return getattr(optimizer, "optimizer", optimizer)

@@ -18,7 +18,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from pretraining.arguments import UserError
-from pretraining.hardware import usable_cores
+from pretraining.hardware import reads_pinned_memory, usable_cores
 from pretraining.mixture import SourceOrder
 from pretraining.shards import TokenRows, checksum_problem, open_arrow_shard, read_data_folder
 from pretraining.signals import ignore_signals
@@ -159,7 +159,7 @@ def training_batches(dataset: PackedDataset, order: RowOrder, num_workers: int =
         collate_fn=as_it_is,
         num_workers=num_workers,
         multiprocessing_context="fork" if num_workers else None,  # workers share the maps
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=reads_pinned_memory(),
         worker_init_fn=_start_worker,
         # Without a generator of its own, every iter() would draw a base seed from the global one and change dropout.
         generator=torch.Generator().manual_seed(0),

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pretraining.arguments import UserError
 from pretraining.data import PackedDataset
+from pretraining.hardware import generator_states, restore_generators
 from pretraining.inputs import ModelInputs, num_targets
 
 SAMPLE_TOKENS = 64
@@ -41,7 +42,7 @@ def evaluate(
     """
     num_rows = min(len(dataset), num_rows or len(dataset))
     rows_per_round = batch_size * accelerator.num_processes
-    total = torch.zeros(2, dtype=torch.float64, device=accelerator.device)  # read at the end only: to read is to wait
+    sums = []  # loss and tokens of each round, read at the end only: to read is to wait for the device
     model.eval()
     for start in range(0, num_rows, rows_per_round):
         # All processes take part in every round, with rows that count for nothing once there are no more: a sharded
@@ -52,9 +53,10 @@ def evaluate(
         inputs["labels"] = inputs["labels"].clone()
         inputs["labels"][max(0, num_rows - first) :] = -100
         loss_sum = model(**inputs, num_items_in_batch=1, use_cache=False, skip_logits=True).loss
-        total += torch.stack([loss_sum, num_targets(inputs["labels"])])
+        sums.append(torch.stack([loss_sum, num_targets(inputs["labels"])]))
     model.train()
-    loss_sum, tokens = accelerator.reduce(total, "sum").tolist()
+    everyone = accelerator.gather(torch.stack(sums).flatten()).view(-1, 2).tolist()
+    loss_sum, tokens = (math.fsum(values) for values in zip(*everyone, strict=True))
     loss = loss_sum / tokens
     return {
         "eval_loss": loss,
@@ -95,9 +97,9 @@ def write_samples(
     """
     model.eval()
     texts: list[str] = []
-    devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
+    before = generator_states(model.device)
+    torch.manual_seed(seed)
+    try:
         for ids in encode_prompts(tokenizer, prompts, model.config.n_positions):
             input_ids = torch.tensor([ids], device=model.device)
             output = model.generate(  # type: ignore[operator]
@@ -110,5 +112,7 @@ def write_samples(
                 synced_gpus=is_sharded,
             )
             texts += tokenizer.batch_decode(output, skip_special_tokens=True)
+    finally:
+        restore_generators(before, model.device)
     model.train()
     return texts

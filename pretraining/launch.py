@@ -18,6 +18,8 @@ from accelerate.utils import (
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from pretraining.arguments import UserError
+from pretraining.hardware import physical_cores
+from pretraining.launcher import is_told_threads
 
 T = TypeVar("T")
 
@@ -25,9 +27,24 @@ T = TypeVar("T")
 WORLD_SIZES = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
-def open_state(timeout_seconds: float) -> PartialState:
-    """The processes of this launch, which wait for each other no longer than `timeout_seconds`."""
-    return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(seconds=timeout_seconds))
+def open_state(timeout_seconds: float | None = None) -> PartialState:
+    """
+    Find the processes of this launch and the device of this one: the accelerator that accelerate finds, or the CPU
+    where there is none or the launch asks for it.
+
+    Args:
+        timeout_seconds: how long the processes wait for each other; torch's default if left out.
+    """
+    is_told_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
+    # Of several processes on a CPU, accelerate connects them only if it knows beforehand that it is a CPU. Its own
+    # answer to which device there is needs no state.
+    default_device = PartialState.__new__(PartialState).default_device
+    timeout = {} if timeout_seconds is None else {"timeout": timedelta(seconds=timeout_seconds)}
+    state = PartialState(cpu=is_told_cpu or default_device.type == "cpu", **timeout)
+    if state.device.type == "cpu" and not is_told_threads():
+        local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        torch.set_num_threads(max(1, physical_cores() // local_processes))
+    return state
 
 
 def check_launch(num_processes: int) -> None:
@@ -57,40 +74,43 @@ def check_launch(num_processes: int) -> None:
 
 
 def open_accelerator(
-    state: PartialState, gradient_accumulation_steps: int, torch_compile: bool, optim: str
+    state: PartialState, gradient_accumulation_steps: int, torch_compile: bool, mixed_precision: str
 ) -> Accelerator:
     """
     Raises:
         UserError: if the launch config asks for sharding that this machine cannot do: every process would hold the
-            whole model; or for fp16 with Muon, whose gradients accelerate would unscale twice.
+            whole model.
     """
     wants_fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     accelerator = Accelerator(
         cpu=state.device.type == "cpu",
+        mixed_precision=mixed_precision,
         # Accelerate would end an accumulation early at the end of a data loader; the rows here have no end.
         # Gradients that are only exchanged after the last micro-batch would be held whole where they are sharded.
         gradient_accumulation_plugin=GradientAccumulationPlugin(
             num_steps=gradient_accumulation_steps, sync_with_dataloader=False, sync_each_batch=wants_fsdp
         ),
-        fsdp_plugin=_fsdp_plugin() if wants_fsdp else None,
+        fsdp_plugin=_fsdp_plugin(mixed_precision) if wants_fsdp else None,
         dynamo_plugin=TorchDynamoPlugin(backend="inductor") if torch_compile else None,
     )
     if wants_fsdp and accelerator.distributed_type != DistributedType.FSDP:
         raise UserError("the launch config asks for FSDP, which needs several processes with a GPU each")
     if wants_fsdp and not accelerator.is_fsdp2:
         raise UserError("the launch config asks for the first FSDP: fsdp_version: 2, as in configs/fsdp2.yaml")
-    if accelerator.scaler is not None and optim == "muon":  # the second of two optimizers would be unscaled twice
-        raise UserError("--mixed_precision fp16 does not go with --optim muon: use bf16")
+    if mixed_precision == "fp16" and state.device.type == "cpu":
+        # Accelerate would train in fp32 on a CPU, without a word. With these two it does there what it does elsewhere.
+        accelerator.native_amp = True
+        accelerator.scaler = torch.amp.GradScaler("cpu")
     return accelerator
 
 
-def _fsdp_plugin() -> FullyShardedDataParallelPlugin:
+def _fsdp_plugin(mixed_precision: str) -> FullyShardedDataParallelPlugin:
     """
     As the launch config has it, but for bf16: there the products are computed in bf16 while gradients are added up in
     fp32 and the loss comes out in fp32. Accelerate's own policy rounds both to bf16.
     """
     policy = None
-    if os.environ.get("ACCELERATE_MIXED_PRECISION", "no") == "bf16":
+    if mixed_precision == "bf16":
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     return FullyShardedDataParallelPlugin(mixed_precision_policy=policy)
 

@@ -4,6 +4,7 @@ import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -18,6 +19,11 @@ from pretraining.sources import TrainingData
 from pretraining.training_arguments import TrainArguments
 
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers")  # whose versions the card tells
+
+
+def _versions() -> dict[str, str]:
+    """Return the versions of what is installed; token files of other projects are trained on without `datasets`."""
+    return {name: version(name) for name in PACKAGES if find_spec(name)}
 
 
 @dataclass(frozen=True)
@@ -62,7 +68,7 @@ class RunCard:
             compression=self.data.validation.compression_rates,
             prompts=args.sample_prompts,
             samples=list(samples),
-            versions={"Python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+            versions={"Python": platform.python_version(), **_versions()},
         )
         return model_card(record, self.config)
 

@@ -6,12 +6,15 @@ in any order through the memory map.
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pyarrow as pa
 
 from pretraining.arguments import UserError
 from pretraining.files import sha256_of
+
+if TYPE_CHECKING:  # training on other projects' token files needs no Arrow
+    import pyarrow as pa
 
 DATASET_FILE = "dataset.json"  # what describes a data folder
 FORMAT_VERSION = 1
@@ -66,6 +69,8 @@ class ShardWriter:
 
     def _write_rows(self, rows: int) -> None:
         """The first rows of the buffer as a record batch; what is behind them is forgotten."""
+        import pyarrow as pa
+
         if self._stream is None:
             self._stream = pa.ipc.new_stream(self._shard_path(), self.schema)
         column = pa.FixedSizeListArray.from_arrays(pa.array(self._buffer[: rows * self.block_size]), self.block_size)
@@ -171,6 +176,8 @@ def open_arrow_shard(path: Path, described: dict, block_size: int, vocab_size: i
     Raises:
         UserError: if it is missing, or of another size, kind, row length or number of rows than described.
     """
+    import pyarrow as pa
+
     if not path.is_file():
         raise UserError(f"{path} is missing: dataset.json lists it; prepare the data again")
     if path.stat().st_size != described["bytes"]:

@@ -41,7 +41,7 @@ class StepResult:
 
 def train_step(
     model: nn.Module,
-    optimizers: list[Optimizer],
+    optimizer: Optimizer,
     micro_batches: list[dict],
     accelerator: Accelerator,
     max_grad_norm: float,
@@ -71,19 +71,17 @@ def train_step(
         grad_norm = grad_norm.full_tensor()
     result = _exchange(accelerator, losses, grad_norm, note())
     if judge(result):
-        for optimizer in optimizers:
-            optimizer.step()
+        optimizer.step()
     elif accelerator.scaler is not None:
         accelerator.scaler.update()  # which forgets what it knew of these gradients
-    for optimizer in optimizers:
-        optimizer.zero_grad()
+    optimizer.zero_grad()
     return result
 
 
 def suspects(
     result: StepResult,
     model: nn.Module,
-    optimizers: list[Optimizer],
+    optimizer: Optimizer,
     micro_batches: list[dict],
     accelerator: Accelerator,
 ) -> list[int]:
@@ -105,8 +103,7 @@ def suspects(
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         if not all(gradient.isfinite().all() for gradient in gradients):
             found.append(index)
-        for optimizer in optimizers:
-            optimizer.zero_grad()
+        optimizer.zero_grad()
     return found
 
 

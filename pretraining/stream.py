@@ -21,6 +21,7 @@ from pretraining.arguments import ProcessError, UserError
 from pretraining.corpus import Corpus
 from pretraining.data import as_it_is
 from pretraining.encoding import Encoder
+from pretraining.hardware import reads_pinned_memory
 from pretraining.held_out import is_for_validation
 from pretraining.mixture import SourceOrder
 from pretraining.shards import token_dtype
@@ -194,7 +195,7 @@ class StreamBatches:
             collate_fn=as_it_is,
             num_workers=num_workers,
             multiprocessing_context="fork" if num_workers else None,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=reads_pinned_memory(),
             worker_init_fn=_after_fork,
             generator=torch.Generator().manual_seed(0),  # see training_batches
         )

@@ -11,7 +11,8 @@ from pretraining.hub import problems_of_repository
 from pretraining.identity import CHANGEABLE
 from pretraining.mixture import Source, SourceOrder, parse_mixture
 from pretraining.model_card import problems_of_license
-from pretraining.optim import LRSchedulerType, Optim
+from pretraining.optimizer import Optim
+from pretraining.schedule import LRSchedulerType
 
 AT_LEAST_ONE = """block_size per_device_train_batch_size gradient_accumulation_steps tokens_per_step max_steps
     logging_steps eval_steps eval_iters hellaswag_steps sample_steps save_steps save_total_limit

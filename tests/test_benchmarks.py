@@ -3,8 +3,10 @@
 import sys
 
 import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
 
-from benchmarks import report, side_by_side
+from benchmarks import gpu, report, side_by_side, training_step
 from benchmarks.report import replace_section
 
 PAGE = "# Speed\n\n<!-- one -->\nold\n<!-- /one -->\n\nby hand\n\n<!-- two -->\n<!-- /two -->\n"
@@ -22,7 +24,7 @@ def test_a_page_without_its_place_is_refused(page):
 
 
 def test_the_page_of_this_repository_has_a_place_for_every_benchmark():
-    for name in report.USUAL + report.BY_NAME:
+    for name in [*report.USUAL, *report.BY_NAME, gpu.NAME]:
         assert (report.FOLDER / f"{name}.py").exists()
         replace_section(report.PAGE.read_text(), name, "figures")
 
@@ -56,7 +58,8 @@ def test_programs_run_in_turns_each_in_a_process_of_its_own(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="no /proc: benchmarks of memory run on Linux alone")
-def test_peak_memory_counts_from_where_it_was_forgotten():
+def test_peak_memory_counts_from_where_it_was_forgotten(monkeypatch):
+    monkeypatch.setattr(side_by_side, "device", lambda: torch.device("cpu"))
     block = bytearray(200_000_000)
     block[::4096] = b"x" * len(block[::4096])
     del block
@@ -66,3 +69,35 @@ def test_peak_memory_counts_from_where_it_was_forgotten():
     block = bytearray(100_000_000)
     block[::4096] = b"x" * len(block[::4096])
     assert 90 < side_by_side.memory(peak=True) - before < 150
+
+
+@pytest.fixture
+def fresh_state(monkeypatch):
+    """Accelerate's view of this process, which other tests may have told another precision."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+
+    def reset():
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        side_by_side.device.cache_clear()
+
+    reset()
+    yield
+    reset()
+
+
+@pytest.mark.parametrize("mixed_precision", ["no", "bf16", "fp16"])
+def test_a_training_step_and_its_peers_run_in_the_precision_that_is_asked_for(mixed_precision, fresh_state):
+    shape = {"n_layer": 1, "n_embd": 16, "n_head": 2, "n_positions": 8, "vocab_size": 64}
+    assert side_by_side.precision(mixed_precision) == mixed_precision
+    assert side_by_side.loss_scaler(mixed_precision).is_enabled() == (mixed_precision == "fp16")
+    *_, accelerator = training_step.build_ours(shape, torch.zeros(2, 8, dtype=torch.long), mixed_precision, False)
+    assert (accelerator.scaler is not None) == (mixed_precision == "fp16")
+    linear = torch.nn.Linear(2, 2)
+    for autocast in (accelerator.autocast(), side_by_side.autocast(mixed_precision)):
+        with autocast:
+            assert linear(torch.zeros(1, 2)).dtype == side_by_side.DTYPES[mixed_precision]
+    for program in (training_step.OURS, training_step.STOCK, training_step.NANOGPT):
+        step = training_step.build_step(program, shape, 2, mixed_precision, is_compiled=False)
+        assert training_step.speed(step, shape, 2, timed_steps=2)["tokens/s"] > 0
+    assert training_step.seconds_of_products(shape, 2, mixed_precision) > 0

@@ -21,6 +21,7 @@ from faults import (
     DROPOUT,
     assert_equal,
     assert_equal_checkpoints,
+    assert_equal_states,
     flags,
     kill_oneself,
     on_call,
@@ -33,9 +34,11 @@ from tiny_models import tiny_model
 import train_accelerate
 from pretraining import position
 from pretraining.arguments import UserError
-from pretraining.checkpoint import CheckpointWriter, LoopState
+from pretraining.checkpoint import CheckpointWriter, LoopState, load_checkpoint
 from pretraining.checkpoint_folders import checkpoint_to_resume, commit, complete_checkpoints, verify
+from pretraining.hardware import generator_states
 from pretraining.identity import differences
+from pretraining.optimizer import build_optimizer, parameter_groups
 from pretraining.position import Position
 from pretraining.signals import STOPPED
 
@@ -515,6 +518,33 @@ def test_a_checkpoint_that_cannot_be_written_is_told_after_the_step_in_which_tha
     assert metrics(tmp_path / "run")[-1]["step"] < 60
 
 
+def test_the_state_of_torchs_muon_beside_adamw_is_taken_over(tmp_path):
+    """As checkpoints of version 0.1.0 have it, from two optimizers."""
+    old, new = tiny_model(), tiny_model()
+    hidden, matrices, vectors = parameter_groups(old)
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    both = [torch.optim.Muon(hidden, lr=1e-2), torch.optim.AdamW(groups, lr=1e-2, fused=True)]
+    for parameter in old.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
+    for optimizer in both:
+        optimizer.step()
+    accelerator, optimizer = Accelerator(cpu=True), build_optimizer(new, "muon", 1e-3, 0.2, torch.device("cpu"))
+    settings = [{**group, "params": None, "betas": [*group["betas"]]} for group in optimizer.param_groups]
+    with CheckpointWriter(accelerator, tmp_path, old, optimizer, save_total_limit=1) as writer:
+        writer.optimizer = both  # torch's functions take several
+        writer.save(
+            LoopState(Position(1, 0.5, False, {}, {"recent": []}, [None]), generator_states(accelerator.device))
+        )
+        writer.wait()
+    load_checkpoint(accelerator, tmp_path / "checkpoint-000001", new, optimizer)
+    names = dict(new.named_parameters())
+    for name, parameter in old.named_parameters():
+        assert torch.equal(names[name], parameter)
+        before = next(each.state[parameter] for each in both if parameter in each.state)
+        assert_equal_states(dict(optimizer.state[names[name]]), dict(before))
+    assert [{**group, "params": None} for group in optimizer.param_groups] == settings  # not those that were saved
+
+
 @pytest.fixture
 def num_threads():
     """More than one, whatever the machine has, until the test is over."""
@@ -529,7 +559,7 @@ def test_the_thread_that_writes_has_one_core_and_leaves_training_its_own(tmp_pat
     optimizer = torch.optim.AdamW(model.parameters())
     while_writing = []
     saved = functools.partial(CheckpointWriter, on_saved=lambda *_: while_writing.append(torch.get_num_threads()))
-    with saved(Accelerator(cpu=True), tmp_path, model, [optimizer], save_total_limit=1) as writer:
+    with saved(Accelerator(cpu=True), tmp_path, model, optimizer, save_total_limit=1) as writer:
         writer.save(LoopState(Position(1, 0.5, False, {}, {"recent": []}, [None]), {}))
         writer.wait()
     assert while_writing == [1]

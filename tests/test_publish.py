@@ -18,7 +18,7 @@ import processes
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import REPOSITORY, TINY, metrics, run, script, succeed, train
+from conftest import REPOSITORY, TINY, metrics, run, script, succeed, train, warnings_in
 from generated_items import generated_records, write_items
 from hub_server import Hub
 from huggingface_hub import ModelCard
@@ -169,7 +169,7 @@ def test_checkpoints_are_published_while_training_goes_on(data_dir, items_file, 
         result = succeed(running.wait())
         output, errors = result.stdout, result.stderr
         assert "published as tester/model, revision " in output and "step 5 is published as tester/model" in output
-        assert "warning" not in output + errors
+        assert warnings_in(output + errors) == []
         assert hub.repositories["model", "tester/model"].private
         first, *_, last = titles(hub, "tester/model")[1:]
         assert (first, last) == ("Step 5", "Trained by gpt2scratch")

@@ -14,7 +14,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
-from conftest import REPOSITORY, TINY, make_documents, metrics, run, script, succeed, train
+from conftest import REPOSITORY, TINY, make_documents, metrics, run, script, succeed, train, warnings_in
 from safetensors.torch import load_file
 from tiny_models import random_ids, tiny_model, tiny_stock_model
 from transformers import AutoModelForCausalLM
@@ -23,7 +23,7 @@ import modeling_gpt2scratch  # noqa: F401  registers the model type
 import train_accelerate
 from pretraining import runlog
 from pretraining.data import RowOrder, open_data_folder
-from pretraining.optim import learning_rate_factor
+from pretraining.schedule import learning_rate_factor
 from pretraining.tokenizer import train_tokenizer
 
 STEPS = 300
@@ -82,7 +82,7 @@ def test_the_run_folder_holds_what_was_promised(finished_run):
     assert f"{last['eval_bits_per_byte']:.3f} bits per byte" in result.stdout
     assert "gzip -9" in result.stdout
     assert result.stdout.count("--- sample at step") == 2
-    assert "warning" not in result.stdout + result.stderr
+    assert warnings_in(result.stdout + result.stderr) == []
     assert list(output_dir.rglob("events.out.tfevents*"))
     auto_map = json.loads((output_dir / "config.json").read_text())["auto_map"]
     assert set(auto_map) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
@@ -325,6 +325,60 @@ def test_what_is_not_finite_is_null_in_the_log_which_is_json(tmp_path):
     with runlog.RunLog(Accelerator(cpu=True), tmp_path, 0, 5, [], {}) as log:
         log.metrics(run, {"loss": 5.0, "grad_norm": float("inf")})
     assert '"loss": 5.0, "grad_norm": null' in (tmp_path / "metrics.jsonl").read_text()
+
+
+@pytest.mark.parametrize("optim", ["adamw", "muon"])
+def test_fp16_trains_as_fp32_does_and_resumes_with_its_loss_scale(optim, data_dir, tmp_path):
+    flags = ("--data_dir", data_dir, "--config_overrides", TINY, *SMALL_BATCH, "--gradient_accumulation_steps", 2)
+    flags += ("--optim", optim, "--learning_rate", 3e-3, "--max_steps", 12, "--save_steps", 6, "--logging_steps", 1)
+    flags += ("--report_to", "none", "--eval_iters", 1, "--output_dir")
+    succeed(script("train_accelerate.py", *flags, tmp_path / "fp32"))
+    result = succeed(script("train_accelerate.py", *flags, tmp_path / "fp16", ACCELERATE_MIXED_PRECISION="fp16"))
+    assert "fp16 (as asked for)" in result.stdout
+    losses, expected = (
+        [line["loss"] for line in metrics(tmp_path / name) if "loss" in line] for name in ("fp16", "fp32")
+    )
+    assert losses == pytest.approx(expected, rel=2e-3) and losses != expected
+    state = torch.load(tmp_path / "fp16/checkpoint-000006/optimizer.pt")
+    assert state["scaler"]["scale"] > 1 and state["scaler"]["_growth_tracker"] == 6  # six steps without an overflow
+    whole = load_file(tmp_path / "fp16/model.safetensors")
+    (tmp_path / "fp16/model.safetensors").unlink()
+    succeed(script("train_accelerate.py", *flags, tmp_path / "fp16", ACCELERATE_MIXED_PRECISION="fp16"))
+    resumed = load_file(tmp_path / "fp16/model.safetensors")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+OVERFLOW = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import torch
+from accelerate import PartialState
+from tiny_models import random_ids, tiny_model
+from pretraining.launch import open_accelerator
+from pretraining.optimizer import build_optimizer
+from pretraining.steps import train_step
+
+accelerator = open_accelerator(PartialState(cpu=True), 1, torch_compile=False, mixed_precision="fp16")
+model = tiny_model().train()
+model, optimizer = accelerator.prepare(model, build_optimizer(model, "muon", 1e-2, 0.1, accelerator.device))
+accelerator.scaler.scale(torch.ones(1))  # which makes it
+accelerator.scaler.update(2.0**40)  # a loss times so much is infinite in fp16
+before = [parameter.clone() for parameter in model.parameters()]
+ids = random_ids(2, 16)
+result = train_step(model, optimizer, [{"input_ids": ids, "labels": ids}], accelerator, 1.0, judge=lambda result: True)
+assert not result.is_finite(), result
+assert all(map(torch.equal, before, model.parameters())) and not optimizer.state
+assert accelerator.scaler.get_scale() == 2.0**39
+accelerator.scaler.update(2.0**10)
+assert train_step(model, optimizer, [{"input_ids": ids, "labels": ids}], accelerator, 1.0).is_finite()
+assert not any(map(torch.equal, before, model.parameters()))
+"""
+
+
+def test_gradients_that_overflow_in_fp16_change_no_weight_of_muons(tmp_path):
+    program = tmp_path / "overflow.py"
+    program.write_text(OVERFLOW)
+    succeed(script(program, REPOSITORY / "tests"))
 
 
 def test_an_earlier_checkpoint_begins_a_branch_of_its_own(finished_run, tmp_path):
