@@ -91,7 +91,7 @@ class Muon(Optimizer):
     Muon and AdamW in one optimizer, with a kind for each parameter group.
 
     Groups of kind `muon` hold matrices. Their momentum is replaced by a matrix of the same singular vectors whose
-    singular values are all about 1 (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon), times
+    singular values are all near 1 (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon), times
     0.2 sqrt(max(rows, columns)), which gives an update the root mean square of AdamW's (Liu et al. 2025, "Muon is
     Scalable for LLM Training", section 2.2), so that one learning rate and one weight decay serve both kinds. Groups
     of kind `adamw` are updated by torch's own AdamW.

@@ -1,12 +1,14 @@
-"""The page of figures is written where its places are, and nowhere else."""
+"""The page of figures is written where its places are, and nowhere else; the demo's steps follow from its speed."""
 
 import sys
 
 import pytest
 import torch
+import yaml
 from accelerate.state import AcceleratorState, GradientState
+from conftest import TINY, script, succeed
 
-from benchmarks import gpu, report, side_by_side, training_step
+from benchmarks import demo_steps, gpu, report, side_by_side, training_step
 from benchmarks.report import replace_section
 
 PAGE = "# Speed\n\n<!-- one -->\nold\n<!-- /one -->\n\nby hand\n\n<!-- two -->\n<!-- /two -->\n"
@@ -101,3 +103,20 @@ def test_a_training_step_and_its_peers_run_in_the_precision_that_is_asked_for(mi
         step = training_step.build_step(program, shape, 2, mixed_precision, is_compiled=False)
         assert training_step.speed(step, shape, 2, timed_steps=2)["tokens/s"] > 0
     assert training_step.seconds_of_products(shape, 2, mixed_precision) > 0
+
+
+@pytest.mark.parametrize(("seconds", "steps"), [(0.02, 600), (1.41, 290), (20.0, 250)])
+def test_the_demo_takes_the_steps_that_fit_into_its_minutes(seconds, steps):
+    assert demo_steps.steps_for(seconds, most=600) == steps
+    assert steps == 250 or steps * seconds * demo_steps.EVALUATIONS <= demo_steps.MINUTES * 60
+
+
+def test_the_demo_is_timed_and_keeps_its_steps_once_it_has_begun(data_dir, tmp_path):
+    recipe = {"data_dir": str(data_dir), "output_dir": str(tmp_path / "run"), "max_steps": 400, "optim": "muon"}
+    recipe |= {"config_overrides": TINY, "tokens_per_step": 256, "per_device_train_batch_size": 8}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    result = succeed(script("benchmarks/demo_steps.py", "--recipe", tmp_path / "recipe.yaml"))
+    assert result.stdout == "400\n" and "400 steps, about 0 minutes" in result.stderr
+    flags = ("--config", tmp_path / "recipe.yaml", "--max_steps", 3, "--eval_iters", 1, "--report_to", "none")
+    succeed(script("train_accelerate.py", *flags))
+    assert succeed(script("benchmarks/demo_steps.py", "--recipe", tmp_path / "recipe.yaml")).stdout == "3\n"
