@@ -79,8 +79,10 @@ def parameter_groups(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Para
 
 def has_fused_adamw(device: torch.device) -> bool:
     """Return True if torch has its fused AdamW kernel for this device."""
+    parameter = nn.Parameter(torch.zeros(1, device=device))
+    parameter.grad = torch.zeros_like(parameter)
     try:
-        AdamW([nn.Parameter(torch.empty(1, device=device))], fused=True)
+        AdamW([parameter], fused=True).step()
     except RuntimeError:
         return False
     return True

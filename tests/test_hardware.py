@@ -7,7 +7,18 @@ from torch.nn.functional import linear
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from modeling_gpt2scratch.one_dnn import OneDnnLinear
-from pretraining.hardware import peak_flops
+from pretraining.hardware import device_description, peak_flops, reads_pinned_memory
+
+
+@pytest.mark.parametrize(("accelerator", "is_pinned"), [(None, False), ("cuda", True), ("xpu", True), ("mps", False)])
+def test_memory_is_pinned_for_the_accelerator_that_torch_reports(accelerator, is_pinned, monkeypatch):
+    found = accelerator and torch.device(accelerator)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: found)
+    assert reads_pinned_memory() == is_pinned
+
+
+def test_an_apple_gpu_has_a_name():
+    assert device_description(torch.device("mps"), 1) == "1 x Apple GPU"
 
 
 class Recorder(TorchDispatchMode):
@@ -32,6 +43,7 @@ class Recorder(TorchDispatchMode):
         ("NVIDIA GeForce RTX 4090", 165e12),
         ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
         ("NVIDIA GeForce GTX 1080", None),
+        ("Tesla T4", 65e12),
     ],
 )
 def test_the_peak_is_that_of_the_very_device(name, flops, monkeypatch):

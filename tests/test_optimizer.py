@@ -10,7 +10,7 @@ from processes import run_ranks
 from safetensors.torch import load_file
 from tiny_models import randomise, tiny_model
 
-from pretraining.optimizer import ADAM_BETAS, Muon, build_optimizer, parameter_groups
+from pretraining.optimizer import ADAM_BETAS, Muon, build_optimizer, has_fused_adamw, parameter_groups
 from pretraining.orthogonalization import orthogonalize, orthogonalize_together, share_out
 from pretraining.schedule import set_learning_rate
 
@@ -100,6 +100,18 @@ def test_what_is_not_muons_is_torchs_adamw_to_the_bit():
     found = dict(model.named_parameters())
     for parameter in matrices + vectors:
         assert torch.equal(found[names[id(parameter)]], parameter)
+
+
+def test_a_device_without_the_fused_kernel_is_updated_alike_without_it():
+    assert has_fused_adamw(CPU) and not has_fused_adamw(torch.device("meta"))
+    fused, plain = tiny_model(), tiny_model()
+    for model, device in ((fused, CPU), (plain, torch.device("meta"))):
+        optimizer = build_optimizer(model, "muon", 1e-2, 0.1, device)
+        for seed in range(3):
+            set_gradients(model, seed)
+            optimizer.step()
+    for parameter, other in zip(fused.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(parameter, other, rtol=1e-5, atol=1e-7)
 
 
 def test_work_is_shared_out_evenly():
