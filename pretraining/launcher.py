@@ -6,6 +6,7 @@ nobody said anything. Its command line, which is that of the parent process, tel
 """
 
 import argparse
+import contextlib
 import functools
 import os
 from pathlib import Path
@@ -24,9 +25,9 @@ def told_precision() -> str | None:
     Somebody asks by `accelerate launch --mixed_precision`, by `mixed_precision` in a launch config, or, without the
     launcher, by the variable ACCELERATE_MIXED_PRECISION.
     """
-    precision = os.environ.get("ACCELERATE_MIXED_PRECISION")
-    if precision is None or precision.lower() != "no":
-        return precision and precision.lower()
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "").lower()
+    if precision != "no":
+        return precision or None
     launched = _launch_arguments()
     return "no" if launched is None else launched.mixed_precision
 
@@ -44,9 +45,8 @@ def _launch_arguments() -> argparse.Namespace | None:
     way. `mixed_precision` is also looked for in the launch config, `num_cpu_threads_per_process` in OMP_NUM_THREADS.
     """
     try:
-        parent = psutil.Process().parent()
-        words = parent.cmdline() if parent else []
-        threads = parent.environ().get("OMP_NUM_THREADS") if parent else None
+        parent = psutil.Process(os.getppid())
+        words = parent.cmdline()
     except (psutil.Error, OSError):
         return None
     names = [Path(word).name for word in words[:3]]  # python, accelerate, launch; or python, -m, the module
@@ -60,5 +60,6 @@ def _launch_arguments() -> argparse.Namespace | None:
     if args.config_file or (os.path.isfile(default_config_file) and not args.cpu):
         config = load_config_from_file(args.config_file)
         args.mixed_precision = args.mixed_precision or config.mixed_precision
-    args.num_cpu_threads_per_process = args.num_cpu_threads_per_process or threads
+    with contextlib.suppress(psutil.Error, OSError):  # some systems show the environment to nobody
+        args.num_cpu_threads_per_process = args.num_cpu_threads_per_process or parent.environ().get("OMP_NUM_THREADS")
     return args

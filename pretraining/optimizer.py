@@ -118,10 +118,9 @@ class Muon(Optimizer):
         fused: bool = False,
         dtype: torch.dtype = torch.float32,
     ):
-        # Not in the groups, which a checkpoint holds: it may be resumed on another device.
-        self.fused = fused
         self.dtype = dtype
-        super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "momentum": momentum})
+        # By this name torch's load_state_dict knows that AdamW's steps belong on the device of the parameters.
+        super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "momentum": momentum, "fused": fused})
         for group in self.param_groups:
             if group["kind"] == "muon" and any(parameter.ndim != 2 for parameter in group["params"]):
                 raise ValueError("a group of kind 'muon' takes matrices alone")
@@ -157,7 +156,7 @@ class Muon(Optimizer):
     def _step_adamw(self, parameters: list[Tensor], gradients: list[Tensor], group: dict[str, Any]) -> None:
         for parameter in parameters:
             if "step" not in self.state[parameter]:
-                self.state[parameter]["step"] = torch.zeros((), device=parameter.device if self.fused else "cpu")
+                self.state[parameter]["step"] = torch.zeros((), device=parameter.device if group["fused"] else "cpu")
         beta1, beta2 = group["betas"]
         adamw(
             parameters,
@@ -166,7 +165,7 @@ class Muon(Optimizer):
             [self._state(parameter, "exp_avg_sq") for parameter in parameters],
             [],
             [self.state[parameter]["step"] for parameter in parameters],
-            fused=self.fused,
+            fused=group["fused"],
             amsgrad=False,
             beta1=beta1,
             beta2=beta2,

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from pretraining.arguments import UserError
+
 NAMES = {"no": "fp32", "fp16": "fp16", "bf16": "bf16", "fp8": "fp8"}
 MEASURED_SIZE = 384  # on two cores a product takes half a millisecond, and 0.1 seconds where bf16 is emulated
 MEASURED_ROUNDS = 10
@@ -36,9 +38,14 @@ def choose_precision(device: torch.device, told: str | None) -> Precision:
 
     Args:
         told: what was asked for, which is obeyed; see `launcher.told_precision`.
+
+    Raises:
+        UserError: if there is no such precision.
     """
     if told is None:
         return _best_precision(device)
+    if told not in NAMES:
+        raise UserError(f"mixed precision {told} is unknown: ask for no (which is fp32), fp16 or bf16")
     warning = None
     if told == "bf16" and not multiplies_bf16(device):
         warning = f"{_name(device)} has no bf16 hardware, so bf16 is much slower than {_best_name(device)}"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPOSITORY, run, script, succeed
+from conftest import REPOSITORY, TINY, run, script, succeed
 
 from pretraining.hardware import physical_cores
 from pretraining.precision import choose_precision, muon_dtype
@@ -89,6 +89,14 @@ def test_what_was_asked_for_is_obeyed(told, monkeypatch):
         "it chosen",
     }
     assert chosen.warning == warnings[told]
+
+
+def test_a_precision_that_there_is_not_is_refused_in_one_line(data_dir, tmp_path):
+    flags = ("--data_dir", data_dir, "--output_dir", tmp_path / "run", "--config_overrides", TINY)
+    result = script("train_accelerate.py", *flags, ACCELERATE_MIXED_PRECISION="fp64")
+    assert result.returncode == 2
+    assert "error: mixed precision fp64 is unknown: ask for no (which is fp32), fp16 or bf16\n" in result.stderr
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
