@@ -14,6 +14,7 @@ from accelerate.utils import (
     TorchDynamoPlugin,
     broadcast_object_list,
     gather_object,
+    parse_flag_from_env,
 )
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
@@ -35,7 +36,7 @@ def open_state(timeout_seconds: float | None = None) -> PartialState:
     Args:
         timeout_seconds: how long the processes wait for each other; torch's default if left out.
     """
-    is_told_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
+    is_told_cpu = parse_flag_from_env("ACCELERATE_USE_CPU")
     # Of several processes on a CPU, accelerate connects them only if it knows beforehand that it is a CPU. Its own
     # answer to which device there is needs no state.
     default_device = PartialState.__new__(PartialState).default_device

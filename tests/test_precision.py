@@ -106,7 +106,7 @@ def test_a_precision_that_there_is_not_is_refused_in_one_line(data_dir, tmp_path
         ("mps", {}, "mps"),
         ("xpu", {}, "xpu"),
         ("none", {}, "cpu"),
-        ("cuda", {"ACCELERATE_USE_CPU": "true"}, "cpu"),
+        ("cuda", {"ACCELERATE_USE_CPU": "1"}, "cpu"),
     ],
 )
 def test_the_scripts_take_the_accelerator_that_is_there_unless_the_launch_says_cpu(
