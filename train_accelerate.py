@@ -68,7 +68,7 @@ from pretraining.run_files import EVENTS, HELLASWAG_PLOT, LOSS_PLOT
 from pretraining.run_folder import open_run_folder, write_arguments
 from pretraining.run_publishing import CheckpointPublisher, open_repository, publish_run, try_to_publish_run
 from pretraining.runlog import RunLog, send_unsent
-from pretraining.schedule import learning_rate_factor, set_learning_rate
+from pretraining.schedule import learning_rate_factor, muon_momentum, set_learning_rate, set_muon_momentum
 from pretraining.signals import StopSignals, follow_launcher, kill_workers
 from pretraining.sources import Batches, TrainingData, open_packed
 from pretraining.step_split import StepSplit, accumulation_steps
@@ -441,6 +441,7 @@ class Training:
             self.last_good = self.state()
         factor = learning_rate_factor(run.step, args.lr_scheduler_type, args.warmup_steps, args.max_steps)
         learning_rate = set_learning_rate(self.optimizer, factor)
+        set_muon_momentum(self.optimizer, muon_momentum(run.step))
         self.watchdog.doing(f"reading the rows of step {run.step + 1}")
         rows = [next(self.batches) for _ in range(self.split.gradient_accumulation_steps)]
         self.watchdog.doing(f"in step {run.step + 1}")

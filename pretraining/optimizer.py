@@ -13,7 +13,7 @@ from pretraining.orthogonalization import orthogonalize_together
 
 ADAM_BETAS = (0.9, 0.95)  # GPT-3 paper, appendix B
 ADAM_EPSILON = 1e-8
-MUON_MOMENTUM = 0.95  # Jordan et al. 2024
+MUON_MOMENTUM = 0.95  # Jordan et al. 2024; lower at the start of training (`schedule.muon_momentum`)
 Optim = Literal["adamw", "muon"]
 
 

@@ -1,10 +1,16 @@
-"""Learning-rate schedules."""
+"""Schedules: pure functions of the step, so that there is no state to save."""
 
 import math
 from typing import Literal, assert_never
 
 from torch.optim import Optimizer
 
+from pretraining.optimizer import MUON_MOMENTUM
+
+# Jordan et al. 2024, https://github.com/KellerJordan/modded-nanogpt (train_gpt.py). While gradients still change their
+# direction fast, a long average holds on to directions that are out of date.
+FIRST_MUON_MOMENTUM = 0.85
+MUON_MOMENTUM_STEPS = 300
 LRSchedulerType = Literal[
     "cosine_with_min_lr", "cosine", "linear", "constant", "constant_with_warmup", "warmup_stable_decay"
 ]
@@ -12,7 +18,7 @@ LRSchedulerType = Literal[
 
 def learning_rate_factor(step: int, schedule: LRSchedulerType, warmup_steps: int, max_steps: int) -> float:
     """
-    What to multiply the peak learning rate by at `step` (from 0): a pure function, so there is no state to save.
+    Return what to multiply the peak learning rate by at `step` (from 0).
 
     After a linear warm-up over `warmup_steps`:
         cosine_with_min_lr: half a cosine down to 0.1 (GPT-3 paper, appendix B)
@@ -37,7 +43,20 @@ def learning_rate_factor(step: int, schedule: LRSchedulerType, warmup_steps: int
 
 
 def set_learning_rate(optimizer: Optimizer, factor: float) -> float:
-    """Scale every group from its peak. Returns the first group's new learning rate."""
+    """Scale every group's learning rate from its peak. Returns the first group's new one."""
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * factor
     return optimizer.param_groups[0]["lr"]
+
+
+def muon_momentum(step: int) -> float:
+    """Return Muon's momentum at `step` (from 0): it rises linearly over the first `MUON_MOMENTUM_STEPS` steps."""
+    part = min(1.0, step / MUON_MOMENTUM_STEPS)
+    return FIRST_MUON_MOMENTUM + part * (MUON_MOMENTUM - FIRST_MUON_MOMENTUM)
+
+
+def set_muon_momentum(optimizer: Optimizer, momentum: float) -> None:
+    """Set the momentum of all groups that Muon updates. An optimizer without any stays as it is."""
+    for group in optimizer.param_groups:
+        if group.get("kind") == "muon":
+            group["momentum"] = momentum
