@@ -6,7 +6,7 @@ Run everything that needs a GPU in a few minutes: the GPU tests, and the speed o
     python benchmarks/gpu.py --dry_run              # tiny shapes on the CPU, into no file
 
 It needs torch, transformers and accelerate, and for the tests pytest. The parts (`gpu_parts.py`) run in the order of
-their importance, each in a process of its own with a time limit. Each line is printed, and written into the page's
+their importance, each in a process of its own with a time limit (but for a dry run's). Each line is printed, and written into the page's
 section "On a GPU", as soon as it is known, so that a run that is cut off leaves what it had measured. The exit status
 is 1 if a part failed or ran out of time.
 """
@@ -48,14 +48,15 @@ class BenchmarkArguments:
     output_file: str = flag(
         None, f"the page to write into, where it has a place <!-- {NAME} -->; docs/benchmarks.md unless in a dry run"
     )
-    part: str = flag(None, "run this part, in this process")
+    parts: list[str] = flag([], "run these parts, in this process", nargs="+")
 
     def problems(self) -> list[str]:
         found = []
         if self.minutes <= 0:
             found.append(f"--minutes must be above 0, got {self.minutes}")
-        if self.part is not None and self.part not in SECONDS:
-            found.append(f"--part must be one of {', '.join(SECONDS)}, got {self.part}")
+        for part in self.parts:
+            if part not in SECONDS:
+                found.append(f"--parts must be among {', '.join(SECONDS)}, got {part}")
         return found
 
 
@@ -64,7 +65,7 @@ class Part:
     """
     Attributes:
         seconds: the time that the part may take, relative to the other parts.
-        command: a program that prints Markdown.
+        command: a program that prints Markdown, from the heading on.
     """
 
     title: str
@@ -101,11 +102,10 @@ def run_parts(parts: list[Part], seconds: float, report: Report) -> list[str]:
     started, allowed, failed = time.monotonic(), 0.0, []
     for part in parts:
         allowed += seconds * part.seconds / sum(each.seconds for each in parts)
-        report.add(f"### {part.title}", "")
         problem = run_part(part.command, started + allowed - time.monotonic(), report.add)
         if problem:
             failed.append(part.title)
-            report.add(*([""] if report.lines[-1] else []), f"This part {problem}")
+            report.add(*([""] if report.lines and report.lines[-1] else []), f"{part.title} {problem}")
         report.add("")
     return failed
 
@@ -115,7 +115,7 @@ def run_part(command: list[str], limit: float, add: Callable[[str], None]) -> st
     Run a command, and hand on each line that it prints.
 
     Returns:
-        What went wrong, to follow "This part", None if nothing did.
+        What went wrong, to follow the part's title, None if nothing did.
     """
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
@@ -165,8 +165,24 @@ def gpu_tests() -> int:
             print(line, end="", file=sys.stderr, flush=True)
             lines.append(line.strip())
     print(f"`tests/test_gpu.py`: {lines[-1].strip('= ')}.")
-    print(*(f"- {line}" for line in lines if line.startswith(("FAILED", "ERROR"))), sep="\n")
+    for line in lines:
+        if line.startswith(("FAILED", "ERROR")):
+            print(f"- {line}")
     return process.returncode
+
+
+def run_here(titles: list[str], dry_run: bool) -> int:
+    """Run parts one after the other, in this process. Returns an exit status."""
+    for title in titles:
+        print(*([""] if title != titles[0] else []), f"### {title}", "", sep="\n", flush=True)
+        if title == TESTS:
+            if status := gpu_tests():
+                return status
+        else:
+            from benchmarks import gpu_parts  # here, as it takes seconds
+
+            gpu_parts.PARTS[title](gpu_parts.TINY if dry_run else gpu_parts.GPT2)
+    return 0
 
 
 def check_for_gpu() -> None:
@@ -178,21 +194,17 @@ def check_for_gpu() -> None:
 
 def main() -> None:
     args = parse_arguments(BenchmarkArguments, __doc__)
-    if args.part == TESTS:
-        sys.exit(gpu_tests())
-    if args.part:
-        from benchmarks import gpu_parts  # here, as it takes seconds
-
-        gpu_parts.PARTS[args.part](gpu_parts.TINY if args.dry_run else gpu_parts.GPT2)
-        return
+    if args.parts:
+        sys.exit(run_here(args.parts, args.dry_run))
     page = args.output_file or (None if args.dry_run else PAGE)
     if args.dry_run:
         os.environ |= {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
     else:
         check_for_gpu()
-    flags = ["--dry_run"] if args.dry_run else []
-    command = [sys.executable, __file__, *flags, "--part"]
+    command = [sys.executable, __file__, "--parts"]
     parts = [Part(title, seconds, [*command, title]) for title, seconds in SECONDS.items()]
+    if args.dry_run:  # there is no memory to fill, and each process takes seconds to start
+        parts = [Part("Dry run", 1, [*command, *SECONDS, "--dry_run"])]
     failed = run_parts(parts, args.minutes * 60, Report(page and Path(page)))
     if failed:
         print(f"gpu.py: {', '.join(failed)} failed", file=sys.stderr)

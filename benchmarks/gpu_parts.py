@@ -76,7 +76,7 @@ GPT2 = Scale(
 )
 TINY = Scale(
     name="a tiny GPT-2",
-    shape={"n_layer": 2, "n_embd": 32, "n_head": 2, "n_positions": 256, "vocab_size": 1024},
+    shape={"n_layer": 2, "n_embd": 32, "n_head": 2, "n_positions": 128, "vocab_size": 1024},
     first_rows=1,
     common_rows=1,
     most_rows=2,

@@ -188,9 +188,9 @@ def test_a_part_that_fails_or_takes_too_long_leaves_the_others(tmp_path, capfd):
     page = tmp_path / "page.md"
     assert gpu.run_parts(parts, 60, gpu.Report(page)) == ["slow", "bad"]
     text = page.read_text()
-    assert text.startswith("<!-- gpu -->\n### slow\n\nchild ") and text.endswith("<!-- /gpu -->\n")
-    assert re.search(r"child \d+\n\nThis part ran out of time after [12] seconds.\n\n### bad", text)
-    assert "half of them\n\nThis part failed with status 1: ValueError: no such number\n\n### good\n\nfigures" in text
+    assert text.startswith("<!-- gpu -->\nchild ") and text.endswith("<!-- /gpu -->\n")
+    assert re.search(r"child \d+\n\nslow ran out of time after [12] seconds.\n\nhalf of them", text)
+    assert "half of them\n\nbad failed with status 1: ValueError: no such number\n\nfigures" in text
     assert text.split("\n", 1)[1].removesuffix("\n<!-- /gpu -->\n") == capfd.readouterr().out.strip()
     pid = int(re.search(r"child (\d+)", text)[1])
     wait_until(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
@@ -204,8 +204,8 @@ def test_the_exit_status_tells_that_a_part_failed(monkeypatch, capfd):
         run_script(gpu.main)
     assert end.value.code == 1
     output = capfd.readouterr()
-    assert "This part failed with status 2: gpu.py: error: --part must be one of GPU tests" in output.out
-    assert output.err.endswith("gpu.py: nonsense failed\n")
+    assert "Dry run failed with status 2: gpu.py: error: --parts must be among GPU tests" in output.out
+    assert output.err.endswith("gpu.py: Dry run failed\n")
 
 
 def test_a_page_without_its_place_is_an_error_before_anything_runs(tmp_path):
