@@ -252,7 +252,7 @@ def test_gradients_of_each_row_by_vmap():
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_under_gradient_checkpointing_and_compile(autocast):
-    model = tiny_model().train()
+    model = tiny_model(n_layer=1).train()
     compiled = torch.compile(model, fullgraph=True)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
         expected, expected_gradients = step(model, skip_logits=False)
