@@ -6,9 +6,9 @@ Run everything that needs a GPU in a few minutes: the GPU tests, and the speed o
     python benchmarks/gpu.py --dry_run              # tiny shapes on the CPU, into no file
 
 It needs torch, transformers and accelerate, and for the tests pytest. The parts (`gpu_parts.py`) run in the order of
-their importance, each in a process of its own with a time limit (but for a dry run's). Each line is printed, and written into the page's
-section "On a GPU", as soon as it is known, so that a run that is cut off leaves what it had measured. The exit status
-is 1 if a part failed or ran out of time.
+their importance, each in a process of its own with a time limit; in a dry run, all in one process. Each line is
+printed, and written into the page's section "On a GPU", as soon as it is known, so that a run that is cut off leaves
+what it had measured. The exit status is 1 if a part failed or ran out of time.
 """
 
 import contextlib
