@@ -68,7 +68,7 @@ def test_killed_at_any_moment_of_saving_the_next_start_takes_the_last_whole_chec
     """One run, killed in its first save after each start, each time some calls later, until that save is through."""
     output_dir, number, litter, skipped = tmp_path / "run", 1, [], 0
     last = None  # the last whole checkpoint
-    more = ("--max_steps", max_steps, "--save_steps", 3, "--save_total_limit", 1, "--eval_steps", 5)
+    more = ("--max_steps", max_steps, "--save_steps", 3, "--save_total_limit", 1, "--eval_steps", 15)
     arguments = flags(data_dir, output_dir, *more, "--per_device_train_batch_size", 1)
     for number in range(1, 100, stride):
         fault = functools.partial(kill_at_file_event, number, str(output_dir))

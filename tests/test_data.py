@@ -4,11 +4,11 @@ import gzip
 import hashlib
 import json
 import lzma
+import os
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import REPOSITORY, make_documents, run, script, succeed
 from datasets import Dataset
+from processes import Running, start, wait_until
 from transformers import AutoTokenizer
 
 import prepare_data
@@ -146,7 +147,7 @@ finally:
 
 def test_memory_does_not_grow_with_the_text(packed, tmp_path):
     megabytes = []
-    for size in (10, 80):
+    for size in (5, 50):
         with open(tmp_path / f"{size}.jsonl", "w") as file:
             lines = "".join(json.dumps({"text": text}) + "\n" for text in make_documents(1000, seed=size))
             for _ in range(size):
@@ -155,8 +156,8 @@ def test_memory_does_not_grow_with_the_text(packed, tmp_path):
         command = (sys.executable, "-c", MEASURE_MEMORY, REPOSITORY / "prepare_data.py", *flags)
         result = succeed(run(*command, "--output_dir", tmp_path / str(size), cwd=tmp_path, PYTHONPATH=str(REPOSITORY)))
         megabytes.append(int(result.stdout.rsplit("megabytes: ", 1)[1]))
-    assert (tmp_path / "80.jsonl").stat().st_size > 70e6
-    assert megabytes[1] - megabytes[0] < 25, megabytes
+    assert (tmp_path / "50.jsonl").stat().st_size > 44e6
+    assert megabytes[1] - megabytes[0] < 20, megabytes
 
 
 def test_a_damaged_tokenizer_is_told_in_one_line(packed, tmp_path):
@@ -240,46 +241,41 @@ def test_a_single_book_can_be_cut_short(packed, tmp_path):
     assert json.loads((tmp_path / "data/dataset.json").read_text())["splits"]["validation"]["rows"] > 0
 
 
-def start_preparing(tmp_path) -> subprocess.Popen:
+def start_preparing(tmp_path) -> Running:
     """A process that has begun to write and has a second of work before it."""
     book = tmp_path / "book.jsonl"
     if not book.exists():
         lines = [json.dumps({"text": text}) + "\n" for text in make_documents(400, seed=3)]
         book.write_text("".join(lines) * 15)
-    command = [sys.executable, REPOSITORY / "prepare_data.py", "--output_dir", tmp_path / "data", "--train_file", book]
-    command += ["--tokenizer_vocab_size", "300", "--block_size", "64", "--shard_tokens", "100000"]
-    process = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "data.incomplete/train/shard-00000.arrow").exists():
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.005)
-    return process
+    flags = ("--tokenizer_vocab_size", 300, "--block_size", 64, "--shard_tokens", 100_000)
+    running = start("prepare_data.py", "--output_dir", tmp_path / "data", "--train_file", book, *flags)
+    wait_until((tmp_path / "data.incomplete/train/shard-00000.arrow").exists)
+    assert running.process.is_alive()
+    return running
 
 
 def test_a_run_that_is_killed_half_way_leaves_nothing_that_looks_whole_and_its_repetition_is_no_other(tmp_path):
-    process = start_preparing(tmp_path)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    killed = start_preparing(tmp_path)
+    os.kill(killed.pid, signal.SIGKILL)
+    assert killed.wait().returncode == -signal.SIGKILL
     assert not (tmp_path / "data").exists()
     assert (tmp_path / "data.incomplete/train/shard-00000.arrow").exists()
     assert not (tmp_path / "data.incomplete/dataset.json").exists()
     (tmp_path / "data.incomplete/train/shard-00099.arrow").write_bytes(b"of the killed run")
-    repeated = start_preparing(tmp_path)
-    assert repeated.communicate()[1] and repeated.returncode == 0
+    succeed(start_preparing(tmp_path).wait())
     assert not (tmp_path / "data.incomplete").exists()
 
     (tmp_path / "data").rename(tmp_path / "repeated")
-    uninterrupted = start_preparing(tmp_path)
-    assert uninterrupted.communicate()[1] and uninterrupted.returncode == 0
+    succeed(start_preparing(tmp_path).wait())
     assert_same_files(tmp_path / "data", tmp_path / "repeated")
 
 
 def test_two_programs_do_not_write_one_folder_at_once_and_foreign_files_are_left_alone(tmp_path):
     first = start_preparing(tmp_path)
-    first.send_signal(signal.SIGSTOP)
+    os.kill(first.pid, signal.SIGSTOP)
     second = script("prepare_data.py", "--output_dir", tmp_path / "data", "--train_file", tmp_path / "book.jsonl")
-    first.send_signal(signal.SIGCONT)
-    assert first.communicate()[1] and first.returncode == 0
+    os.kill(first.pid, signal.SIGCONT)
+    succeed(first.wait())
     assert second.returncode == 2
     assert "data is being written by another program" in second.stderr
 
