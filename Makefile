@@ -49,6 +49,7 @@ check: $(ALL)
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m mypy
+	PYTHONPATH=. .venv/bin/lint-imports --no-cache
 
 format: $(ALL)
 	$(PYTHON) -m ruff format .

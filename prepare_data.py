@@ -9,33 +9,35 @@ Text to packed shards of token ids: read documents, tokenise, split into train a
 With no source given it uses the embedded corpus: the standard library of the interpreter that runs it.
 """
 
-import gzip
 import itertools
 import json
-import lzma
 import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from pretraining.arguments import UserError, counted, flag, parse_arguments, problems_of_range, run_script
-from pretraining.corpus import Corpus, embedded_corpus, open_texts
-from pretraining.encoding import encode_documents
+from pretraining.cli import flag, parse_arguments, problems_of_range, run_script
+from pretraining.data.documents import Corpus, embedded_corpus, open_texts
+from pretraining.data.packing import PackingSizes, Progress, pack
+from pretraining.data.shards import DATASET_FILE, FORMAT_VERSION, read_data_folder
+from pretraining.data.sources import Source
+from pretraining.data.validation_split import split_documents
+from pretraining.errors import UserError, counted
 from pretraining.files import folder_in_progress
 from pretraining.hardware import usable_cores
-from pretraining.held_out import split_documents
-from pretraining.mixture import Source
-from pretraining.publish_data import push_dataset
-from pretraining.shards import DATASET_FILE, FORMAT_VERSION, ShardWriter, read_data_folder
-from pretraining.tokenizer import SMALLEST_VOCABULARY, load_tokenizer, tokenizer_fingerprint, train_tokenizer
+from pretraining.publishing.dataset_card import push_dataset
+from pretraining.tokenization.tokenizer import (
+    SMALLEST_VOCABULARY,
+    load_tokenizer,
+    tokenizer_fingerprint,
+    train_tokenizer,
+)
 
 CONTENTS = {"train", "validation", "tokenizer", DATASET_FILE, "README.md"}
 TOKENIZER_TRAINING_CHARACTERS = 1 << 30  # more text does not change which pairs are frequent
-COMPRESSION_LIMIT_BYTES = 2 << 20  # xz -9 takes a second for this much
 # Flags that do not decide what a data folder holds, or are recorded as its source.
 NEUTRAL = """output_dir dataset_name dataset_config_name dataset_revision train_file validation_file num_proc
     push_to_hub hub_private_repo"""
@@ -140,8 +142,9 @@ def prepare(
 
     tokenizer = get_tokenizer(args, documents())
     with folder_in_progress(output_dir, CONTENTS) as folder:
+        sizes = PackingSizes(args.block_size, args.shard_tokens, args.max_train_tokens)
         progress = Progress(corpora, args.max_train_tokens)
-        splits = pack(documents(), tokenizer, folder, args, progress)
+        splits = pack(documents(), tokenizer, folder, sizes, progress, args.num_proc or usable_cores())
         tokenizer.save_pretrained(folder / "tokenizer")
         # Documents are read ahead of the last one that --max_train_tokens lets in, how far depends on the cores.
         last = splits["train"]["documents"] + (0 if validation_corpus else splits["validation"]["documents"])
@@ -215,134 +218,6 @@ def get_tokenizer(args: PrepareArguments, documents: Iterator[tuple[str, str]]) 
         source = args.train_file or args.dataset_name or "the standard library"
         raise UserError(f"no text found: {source} is empty, or too small to train a tokenizer on")
     return tokenizer
-
-
-def pack(
-    documents: Iterator[tuple[str, str]],
-    tokenizer: PreTrainedTokenizerBase,
-    folder: Path,
-    args: PrepareArguments,
-    progress: "Progress",
-) -> dict[str, dict]:
-    """
-    Tokenise and write both splits, reading the documents once.
-
-    Args:
-        documents: (split, text) pairs.
-
-    Returns:
-        `{"train": statistics, "validation": statistics}` for dataset.json.
-    """
-    splits = {name: SplitWriter(name, tokenizer, folder, args) for name in ("train", "validation")}
-    with progress:
-        for name, text, token_ids in encode_documents(documents, tokenizer, args.num_proc or usable_cores()):
-            splits[name].add(text, token_ids)
-            progress.update(splits, len(token_ids))
-            if splits["train"].is_full:
-                break
-    return {name: split.close() for name, split in splits.items()}
-
-
-class Progress:
-    """A bar in tokens. Their number is an estimate, from how much of the text they were so far."""
-
-    def __init__(self, corpora: list[Corpus], max_train_tokens: int | None):
-        self.size = sum(corpus.size or 0 for corpus in corpora)
-        self.num_documents = sum(corpus.num_documents or 0 for corpus in corpora)
-        self.max_train_tokens = max_train_tokens
-
-    def __enter__(self) -> "Progress":
-        self.bar = tqdm(desc="tokenising", unit="tok", unit_scale=True)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.bar.close()
-
-    def update(self, splits: dict[str, "SplitWriter"], tokens: int) -> None:
-        if not self.bar.update(tokens):
-            return  # nothing was drawn
-        whole_and_part = [
-            (self.size, sum(split.bytes for split in splits.values())),
-            (self.num_documents, sum(split.documents for split in splits.values())),
-            (self.max_train_tokens, splits["train"].tokens),
-        ]
-        totals = [self.bar.n * whole / part for whole, part in whole_and_part if whole and part]
-        self.bar.total = int(min(totals)) if totals else None
-
-
-class SplitWriter:
-    """One split while it is written: its rows, its counts, and for validation what gzip and xz make of its text."""
-
-    def __init__(self, name: str, tokenizer: PreTrainedTokenizerBase, folder: Path, args: PrepareArguments):
-        self.name = name
-        self.writer = ShardWriter(folder / name, args.block_size, len(tokenizer), args.shard_tokens)
-        self.max_tokens = args.max_train_tokens if name == "train" else None
-        self.documents = self.tokens = self.bytes = 0
-        self.compressed = Compressed() if name == "validation" else None
-
-    @property
-    def is_full(self) -> bool:
-        return self.max_tokens is not None and self.tokens >= self.max_tokens
-
-    def add(self, text: str, token_ids: np.ndarray) -> None:
-        """Of one document, its text and its ids with the end-of-text token."""
-        if self.is_full:
-            return
-        encoded = text.encode()
-        self.writer.add(token_ids)
-        self.documents += 1
-        self.tokens += len(token_ids)
-        self.bytes += len(encoded)
-        if self.compressed:
-            self.compressed.add(encoded)
-
-    def close(self) -> dict:
-        dropped = self.writer.close()
-        if self.writer.rows == 0:
-            documents = counted(self.documents, "document")
-            raise UserError(
-                f"the {self.name} text is {self.tokens} tokens in {documents}, less than one row of --block_size "
-                f"{self.writer.block_size}: more text or a smaller --block_size is needed"
-            )
-        statistics = {
-            "documents": self.documents,
-            "tokens": self.tokens,
-            "bytes": self.bytes,
-            "dropped_tokens": dropped,
-            "rows": self.writer.rows,
-            "shards": self.writer.shards,
-        }
-        if self.compressed:
-            statistics["compressed_bytes"] = self.compressed.sizes()
-        return statistics
-
-
-class Compressed:
-    """
-    What `gzip -9` and `xz -9` need for a text: a yardstick for the model's bits per byte on the same text. Of a text
-    beyond COMPRESSION_LIMIT_BYTES nothing is kept, as it would take them minutes.
-    """
-
-    def __init__(self):
-        self.texts: list[bytes] = []
-        self.read = 0
-
-    def add(self, text: bytes) -> None:
-        self.read += len(text)
-        if self.read <= COMPRESSION_LIMIT_BYTES:
-            self.texts.append(text)
-        else:
-            self.texts.clear()
-
-    def sizes(self) -> dict[str, int] | None:
-        """Bytes by program, or None beyond the limit."""
-        if self.read > COMPRESSION_LIMIT_BYTES:
-            return None
-        text = b"".join(self.texts)
-        return {
-            "gzip -9": len(gzip.compress(text, compresslevel=9)),
-            "xz -9": len(lzma.compress(text, preset=9)),
-        }
 
 
 def summary(output_dir: Path, info: dict) -> str:

@@ -24,15 +24,16 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from modeling_gpt2scratch import GPT2ScratchForCausalLM
-from pretraining import publish
-from pretraining.arguments import UserError, flag, one_line, parse_arguments, run_script
-from pretraining.card_edits import converted_card
-from pretraining.convert import STOCK, write_gguf, write_onnx, write_stock
+from pretraining.cli import flag, parse_arguments, run_script
+from pretraining.errors import UserError, one_line
 from pretraining.files import folder_in_progress
-from pretraining.hub import create_repository, problems_of_repository
-from pretraining.model_card import CARD, problems_of_license, title_of
-from pretraining.run_files import PLOTS, TRAINING_ARGS
-from pretraining.usage import ConvertedFormat
+from pretraining.hub import create_repository, problems_of_license, problems_of_repository
+from pretraining.publishing.card_edits import converted_card
+from pretraining.publishing.formats import STOCK, write_gguf, write_onnx, write_stock
+from pretraining.publishing.model_card import CARD, title_of
+from pretraining.publishing.push import published, push, read_card
+from pretraining.publishing.usage import ConvertedFormat
+from pretraining.records.run_files import PLOTS, TRAINING_ARGS
 
 PACKAGES = {"gguf": ("gguf",), "onnx": ("onnx", "onnxscript")}  # of the extras of these names
 # What a converted model's folder may hold, whole or not.
@@ -95,7 +96,7 @@ def problems_of_model(folder: str | None, format: str | None) -> list[str]:
     if not Path(folder).is_dir():
         return [f"--model_name_or_path {folder} is not a folder"]
     try:
-        files = {path.name for path in publish.published(Path(folder))}
+        files = {path.name for path in published(Path(folder))}
     except UserError as error:
         return list(error.problems)
     if files & {"model.gguf", "model.onnx"}:
@@ -124,7 +125,7 @@ def main() -> None:
         print(f"written as {output_dir}")
     if args.push_to_hub:
         message = f"Published by gpt2scratch{f' as {args.format}' if args.format else ''}"
-        print(f"published as {publish.push(output_dir, repo_id, args.hub_private_repo, message, args.license)}")
+        print(f"published as {push(output_dir, repo_id, args.hub_private_repo, message, args.license)}")
 
 
 def convert(args: PublishArguments, format: ConvertedFormat, folder: Path, output_dir: Path) -> None:
@@ -135,7 +136,7 @@ def convert(args: PublishArguments, format: ConvertedFormat, folder: Path, outpu
         UserError: if that cannot be done. There is no half of it then.
     """
     model, tokenizer = load(folder)
-    card = converted_card(publish.read_card(folder), output_dir, format, model.config, args.outtype, args.license)
+    card = converted_card(read_card(folder), output_dir, format, model.config, args.outtype, args.license)
     try:
         with folder_in_progress(output_dir, set(CONVERTED)) as part:
             if format == "gpt2":
@@ -145,7 +146,7 @@ def convert(args: PublishArguments, format: ConvertedFormat, folder: Path, outpu
             else:
                 write_gguf(model, tokenizer, part, args.outtype)
             card.save(part / CARD)
-            for plot in publish.published(folder):
+            for plot in published(folder):
                 if plot.suffix == ".png":
                     (part / PLOTS).mkdir(exist_ok=True)
                     shutil.copyfile(plot, part / PLOTS / plot.name)

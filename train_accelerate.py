@@ -32,19 +32,18 @@ from torch.optim import Optimizer
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from eval_hellaswag import load_metric, score_on_all_processes, summarise
-from pretraining import hardware, publish
-from pretraining.anomalies import FINE, NOT_FINITE, SPIKE, Anomalies
-from pretraining.arguments import ProcessError, UserError, parse_arguments, run_script
-from pretraining.checkpoint import CheckpointWriter, LoopState, full_weights, load_checkpoint
-from pretraining.checkpoint_folders import BEST, best_checkpoint, checkpoint_folder, set_aside_later
-from pretraining.cpu_products import use_fastest_products
-from pretraining.evaluation import encode_prompts, evaluate, write_samples
-from pretraining.hellaswag_items import EncodedItem, encode_items, load_hub_items, load_items
-from pretraining.identity import identity, is_same_data
-from pretraining.incidents import describe, sentence
-from pretraining.inputs import ModelInputs
-from pretraining.launch import (
+from pretraining import hardware
+from pretraining.checkpoints.checkpoint import CheckpointWriter, full_weights, load_checkpoint
+from pretraining.checkpoints.folders import BEST, best_checkpoint, checkpoint_folder, set_aside_later
+from pretraining.checkpoints.identity import identity, is_same_data
+from pretraining.checkpoints.run_folder import open_run_folder, write_arguments
+from pretraining.checkpoints.state import LoopState, Position
+from pretraining.cli import parse_arguments, run_script
+from pretraining.data.model_inputs import ModelInputs
+from pretraining.data.row_order import StepSplit, accumulation_steps
+from pretraining.data.training_data import Batches, TrainingData, open_packed
+from pretraining.distributed.launcher import told_precision
+from pretraining.distributed.processes import (
     check_launch,
     is_sharded,
     on_every_process,
@@ -52,33 +51,35 @@ from pretraining.launch import (
     open_accelerator,
     open_state,
 )
-from pretraining.launcher import told_precision
-from pretraining.memory import fit_into_memory, flags_for
-from pretraining.metrics import read_metrics
-from pretraining.model_card import duration
-from pretraining.models import attention_on, build_model, check_fit, check_tokenizer, load_config
-from pretraining.optimizer import build_optimizer, has_fused_adamw, parameter_groups
-from pretraining.plots import plot_hellaswag, plot_loss
-from pretraining.position import Position
+from pretraining.distributed.signals import StopSignals, follow_launcher, kill_workers
+from pretraining.distributed.watchdog import Watchdog
+from pretraining.errors import ProcessError, UserError
+from pretraining.evaluation.hellaswag_items import EncodedItem, encode_items, load_hub_items, load_items
+from pretraining.evaluation.hellaswag_scoring import load_metric, score_on_all_processes, summarise
+from pretraining.evaluation.samples import encode_prompts, write_samples
+from pretraining.evaluation.validation import evaluate
 from pretraining.precision import Precision, choose_precision, muon_dtype
-from pretraining.reference_scores import comparable_losses
-from pretraining.run import Run
-from pretraining.run_card import RunCard
-from pretraining.run_files import EVENTS, HELLASWAG_PLOT, LOSS_PLOT
-from pretraining.run_folder import open_run_folder, write_arguments
-from pretraining.run_publishing import CheckpointPublisher, open_repository, publish_run, try_to_publish_run
-from pretraining.runlog import RunLog, send_unsent
-from pretraining.schedule import learning_rate_factor, muon_momentum, set_learning_rate, set_muon_momentum
-from pretraining.signals import StopSignals, follow_launcher, kill_workers
-from pretraining.sources import Batches, TrainingData, open_packed
-from pretraining.step_split import StepSplit, accumulation_steps
-from pretraining.steps import StepResult, suspects, train_step
-from pretraining.tokenizer import tokenizer_fingerprint
-from pretraining.training_arguments import TrainArguments
-from pretraining.watchdog import Watchdog
+from pretraining.publishing.export import export, write_tokenizer
+from pretraining.publishing.model_card import RunCard, duration
+from pretraining.publishing.run_publishing import CheckpointPublisher, open_repository, publish_run, try_to_publish_run
+from pretraining.records.metrics import read_metrics
+from pretraining.records.plots import comparable_losses, plot_hellaswag, plot_loss
+from pretraining.records.progress import Run
+from pretraining.records.run_files import EVENTS, HELLASWAG_PLOT, LOSS_PLOT
+from pretraining.records.run_log import RunLog, send_unsent
+from pretraining.tokenization.tokenizer import tokenizer_fingerprint
+from pretraining.training.bad_steps import FINE, NOT_FINITE, SPIKE, Anomalies, describe, sentence
+from pretraining.training.batch_size import fit_into_memory, flags_for
+from pretraining.training.cpu_products import use_fastest_products
+from pretraining.training.flags import TrainArguments
+from pretraining.training.model import attention_on, build_model, check_fit, check_tokenizer, load_config
+from pretraining.training.optimizer import build_optimizer, has_fused_adamw, parameter_groups
+from pretraining.training.schedule import learning_rate_factor, muon_momentum, set_learning_rate, set_muon_momentum
+from pretraining.training.step import StepResult, suspects, train_step
 
 # The speed of a run is told once so many steps are behind it: the first ones warm up, or compile.
 STEPS_TO_MEASURE = 5
+DEFAULTS = TrainArguments().settings()
 UNPUBLISHED = "before it was published: the same command does that"
 SAVING_FAILED = -1  # among the notes of a step, where the others are numbers of signals
 
@@ -113,7 +114,7 @@ class Setup:
     Attributes:
         precision: of the accelerator, and why it was chosen.
         split: of a step's rows, as the flags say.
-        identity: what makes this run this one, see `pretraining/identity.py`.
+        identity: what makes this run this one, see `pretraining/checkpoints/identity.py`.
         hellaswag: its items, none if it is not asked for.
         repo_id: where to publish, None if it is not to be.
         checkpoint: to go on from, if there is one.
@@ -145,7 +146,7 @@ class Setup:
 def start(args: TrainArguments, state: PartialState, signals: StopSignals, watchdog: Watchdog) -> bool:
     """Open what the flags name, and train. Returns whether a signal stopped it before its end."""
     setup = prepare(args, state, signals, watchdog)
-    with open_run_folder(setup.output_dir, asdict(args), setup.identity, state) as folder:
+    with open_run_folder(setup.output_dir, asdict(args), setup.identity, DEFAULTS, state) as folder:
         for message in folder.messages:
             state.print(f"{setup.output_dir}: {message}")
         is_stopped = False
@@ -173,7 +174,10 @@ def prepare(args: TrainArguments, state: PartialState, signals: StopSignals, wat
     encode_prompts(tokenizer, args.sample_prompts, config.n_positions)  # now, not after the last step
     hellaswag = open_hellaswag(args, config, data, state) if args.hellaswag_steps else []
     repo_id = open_repository(args, state) if args.push_to_hub else None
-    accumulation = accumulation_steps(args, data.block_size, state.num_processes)
+    accumulation = args.gradient_accumulation_steps or 1
+    if args.tokens_per_step:
+        batch_size = args.per_device_train_batch_size
+        accumulation = accumulation_steps(args.tokens_per_step, batch_size, data.block_size, state.num_processes)
     precision = on_main_process(state, lambda: choose_precision(state.device, told_precision()))
     accelerator = open_accelerator(state, accumulation, args.torch_compile, precision.mixed_precision)
     split = StepSplit(
@@ -219,7 +223,7 @@ def send_what_was_not_sent(setup: Setup) -> None:
 
 def open_data(args: TrainArguments, state: PartialState) -> TrainingData:
     if args.streaming:
-        from pretraining.streamed_data import open_streams  # with `datasets`, which packed data does without
+        from pretraining.data.streaming import open_streams  # with `datasets`, which packed data does without
 
         tokenizer_name = str(args.tokenizer_name or args.model_name_or_path)
         sources, percentage = args.sources(), args.validation_split_percentage
@@ -263,7 +267,7 @@ def train(setup: Setup) -> bool:
         if setup.repo_id and args.hub_strategy == "checkpoint":
             private = args.hub_private_repo
             publisher = CheckpointPublisher(setup.output_dir, setup.repo_id, private, card.write, log.write)
-        complete = partial(publish.write_tokenizer, data.tokenizer, setup.config.n_positions)
+        complete = partial(write_tokenizer, data.tokenizer, setup.config.n_positions)
         writer = CheckpointWriter(
             accelerator, setup.output_dir, model, optimizer, args.save_total_limit, complete, publisher
         )
@@ -632,7 +636,7 @@ def finish(setup: Setup, model: nn.Module, card: Callable[[], ModelCard]) -> Non
     if not accelerator.is_main_process:
         return
     unwrapped = accelerator.unwrap_model(model, keep_torch_compile=False)
-    publish.export(unwrapped, data.tokenizer, card(), output_dir, state_dict)
+    export(unwrapped, data.tokenizer, card(), output_dir, state_dict)
     evaluation = [line for line in read_metrics(output_dir) if "eval_loss" in line][-1]
     yardsticks = "".join(f", {name} {rate:.3f}" for name, rate in data.validation.compression_rates.items())
     bits_per_byte = evaluation["eval_bits_per_byte"]

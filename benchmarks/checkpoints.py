@@ -35,15 +35,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import side_by_side
 from modeling_gpt2scratch import GPT2ScratchConfig
 from pretraining import hardware
-from pretraining.arguments import flag, parse_arguments, run_script
-from pretraining.checkpoint import CheckpointWriter, LoopState, load_checkpoint
-from pretraining.checkpoint_folders import checkpoint_folder, verify
+from pretraining.checkpoints.checkpoint import CheckpointWriter, load_checkpoint
+from pretraining.checkpoints.folders import checkpoint_folder, verify
+from pretraining.checkpoints.state import LoopState, Position
+from pretraining.cli import flag, parse_arguments, run_script
+from pretraining.distributed.processes import open_accelerator, open_state
 from pretraining.files import sha256_of
-from pretraining.launch import open_accelerator, open_state
 from pretraining.markdown import table
-from pretraining.models import attention_on, build_model
-from pretraining.optimizer import build_optimizer
-from pretraining.position import Position
+from pretraining.training.model import attention_on, build_model
+from pretraining.training.optimizer import build_optimizer
 
 
 @dataclass

@@ -31,11 +31,11 @@ from tokenizers import Tokenizer
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import side_by_side
-from pretraining.arguments import flag, parse_arguments, run_script
-from pretraining.byte_level_bpe import tiktoken_parts
-from pretraining.corpus import embedded_corpus, local_corpus
+from pretraining.cli import flag, parse_arguments, run_script
+from pretraining.data.documents import embedded_corpus, local_corpus
 from pretraining.markdown import table
-from pretraining.tokenizer import load_tokenizer, train_tokenizer
+from pretraining.tokenization.byte_level_bpe import tiktoken_parts
+from pretraining.tokenization.tokenizer import load_tokenizer, train_tokenizer
 
 if TYPE_CHECKING:
     import tiktoken
@@ -212,7 +212,7 @@ def benchmark_rows(args: BenchmarkArguments, work: Path, tokenizer_dir: str) -> 
     import torch
 
     from prepare_data import PrepareArguments, prepare
-    from pretraining.data import open_data_folder
+    from pretraining.data.packed_rows import open_data_folder
 
     arguments = PrepareArguments(tokenizer_name=tokenizer_dir, block_size=BLOCK_SIZE, shard_tokens=4_000_000)
     corpus = local_corpus(str(work / "text.jsonl"))

@@ -19,17 +19,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import side_by_side
 from pretraining import hardware
-from pretraining.arguments import flag, parse_arguments, run_script
-from pretraining.inputs import ModelInputs
-from pretraining.launch import open_accelerator, open_state
-from pretraining.launcher import told_precision
-from pretraining.models import attention_on, build_model, load_config
-from pretraining.optimizer import build_optimizer
+from pretraining.cli import flag, parse_arguments, run_script
+from pretraining.data.model_inputs import ModelInputs
+from pretraining.data.shards import read_data_folder
+from pretraining.distributed.launcher import told_precision
+from pretraining.distributed.processes import open_accelerator, open_state
 from pretraining.precision import choose_precision, muon_dtype
-from pretraining.run_files import TRAINING_ARGS
-from pretraining.shards import read_data_folder
-from pretraining.steps import train_step
-from pretraining.training_arguments import TrainArguments
+from pretraining.records.run_files import TRAINING_ARGS
+from pretraining.training.flags import TrainArguments
+from pretraining.training.model import attention_on, build_model, load_config
+from pretraining.training.optimizer import build_optimizer
+from pretraining.training.step import train_step
 
 MINUTES = 8
 FEWEST = 250  # docs/experiments.md: 250 steps end at 1.46 bits per byte, xz needs 1.57

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import side_by_side
 from modeling_gpt2scratch import GPT2ScratchConfig, GPT2ScratchForCausalLM
 from pretraining import hardware
-from pretraining.arguments import flag, parse_arguments, run_script
+from pretraining.cli import flag, parse_arguments, run_script
 from pretraining.markdown import table
 
 OURS, STOCK = "ours", "stock"

@@ -26,7 +26,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.report import FOLDER, PAGE, replace_section
-from pretraining.arguments import UserError, flag, parse_arguments, run_script
+from pretraining.cli import flag, parse_arguments, run_script
+from pretraining.errors import UserError
 
 TESTS = "GPU tests"
 # The time of each part in 8 minutes. The time that a part does not use is left to the next ones.

@@ -19,10 +19,10 @@ from benchmarks import side_by_side, synthetic
 from benchmarks import training_step as steps
 from benchmarks.optimizers import NAMES
 from modeling_gpt2scratch import GPT2ScratchConfig, GPT2ScratchForCausalLM
-from pretraining.arguments import counted
+from pretraining.errors import counted
 from pretraining.markdown import table
-from pretraining.optimizer import Optim
-from pretraining.steps import train_step
+from pretraining.training.optimizer import Optim
+from pretraining.training.step import train_step
 
 PEERS = (steps.NANOGPT, steps.STOCK)
 

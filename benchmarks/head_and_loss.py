@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import side_by_side
 from modeling_gpt2scratch.linear_cross_entropy import linear_cross_entropy
 from pretraining import hardware
-from pretraining.arguments import flag, parse_arguments, run_script
+from pretraining.cli import flag, parse_arguments, run_script
 from pretraining.markdown import table
 
 OURS, EAGER, COMPILED = "linear_cross_entropy", "logits and cross_entropy", "the same, compiled"

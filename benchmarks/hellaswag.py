@@ -31,14 +31,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import side_by_side
-from eval_hellaswag import can_be_trees, score_items
 from modeling_gpt2scratch import GPT2ScratchConfig, GPT2ScratchForCausalLM
 from pretraining import hardware
-from pretraining.arguments import flag, parse_arguments, run_script
-from pretraining.hellaswag_items import Protocol, encode_items, load_hub_items, load_items
+from pretraining.cli import flag, parse_arguments, run_script
+from pretraining.evaluation.hellaswag_items import HELLASWAG, Protocol, encode_items, load_hub_items, load_items
+from pretraining.evaluation.hellaswag_scoring import can_be_trees, score_items
 from pretraining.markdown import table
-from pretraining.model_card import HELLASWAG
-from pretraining.tokenizer import load_tokenizer
+from pretraining.tokenization.tokenizer import load_tokenizer
 
 Sums = list[list[float]]  # log-likelihoods of each item's endings
 

@@ -24,9 +24,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import side_by_side
-from pretraining.arguments import UserError, flag, parse_arguments, run_script
+from pretraining.cli import flag, parse_arguments, run_script
+from pretraining.errors import UserError
 from pretraining.markdown import table
-from pretraining.metrics import read_metrics
+from pretraining.records.metrics import read_metrics
 
 SCRIPT = Path(__file__).resolve().parent.parent / "train_accelerate.py"
 # Of AdamW's steps. Muon's learning rate is tuned at the budget hoped for, and kept at the others, which only costs it.

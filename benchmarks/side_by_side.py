@@ -75,14 +75,14 @@ def medians(measured: Measured, formats: dict[str, str]) -> list[list[str]]:
 @functools.cache
 def device() -> torch.device:
     """Return the device that training would use: the accelerator that accelerate finds, or the CPU."""
-    from pretraining.launch import open_state  # here, as start_up.py's other script does without
+    from pretraining.distributed.processes import open_state  # here, as start_up.py's other script does without
 
     return open_state().device
 
 
 def precision(told: str | None) -> MixedPrecision:
     """Return the precision that was asked for, or else what training would choose here, as accelerate names it."""
-    from pretraining.launcher import told_precision
+    from pretraining.distributed.launcher import told_precision
 
     return cast(MixedPrecision, choose_precision(device(), told or told_precision()).mixed_precision)
 

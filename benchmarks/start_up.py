@@ -20,7 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import side_by_side
-from pretraining.arguments import flag, parse_arguments, run_script
+from pretraining.cli import flag, parse_arguments, run_script
 from pretraining.markdown import table
 
 SCRIPT = Path(__file__).resolve().parent.parent / "train_accelerate.py"
@@ -81,8 +81,8 @@ def run_clm(saved: str, output_dir: str, *flags: str) -> None:
 def save_rows(data_dir: str, folder: str) -> None:
     from datasets import Dataset
 
-    from pretraining.data import open_data_folder
-    from pretraining.tokenizer import load_tokenizer
+    from pretraining.data.packed_rows import open_data_folder
+    from pretraining.tokenization.tokenizer import load_tokenizer
 
     train = open_data_folder(Path(data_dir)).train
     rows = train.__getitems__(list(range(len(train)))).long().tolist()

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from pretraining.tokenizer import train_tokenizer
+from pretraining.tokenization.tokenizer import train_tokenizer
 
 TEXT = Path(textwrap.__file__).read_text(encoding="utf-8")  # 20 kB that every Python has
 VOCAB_SIZE = 1000

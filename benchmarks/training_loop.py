@@ -28,14 +28,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import side_by_side
 from pretraining import hardware
-from pretraining.arguments import flag, parse_arguments, run_script
-from pretraining.launch import open_state
+from pretraining.cli import flag, parse_arguments, run_script
+from pretraining.data.sources import Source
+from pretraining.data.training_data import open_packed
+from pretraining.distributed.processes import open_state
 from pretraining.markdown import table
-from pretraining.metrics import read_metrics
-from pretraining.mixture import Source
-from pretraining.models import attention_on, build_model, load_config
-from pretraining.optimizer import build_optimizer
-from pretraining.sources import open_packed
+from pretraining.records.metrics import read_metrics
+from pretraining.training.model import attention_on, build_model, load_config
+from pretraining.training.optimizer import build_optimizer
 
 SCRIPT = Path(__file__).resolve().parent.parent / "train_accelerate.py"
 WHOLE, BARE = "train_accelerate.py", "a bare loop"

@@ -5,7 +5,7 @@ Tokens a second of a training step: forward and backward pass, clipping and the 
     python benchmarks/training_step.py --shape 124M --per_device_train_batch_size 32        # on a GPU
     python benchmarks/training_step.py --shape demo --mixed_precision no                    # in fp32
 
-Ours is `pretraining.steps.train_step` as train_accelerate.py calls it; stock is transformers' GPT2LMHeadModel in a
+Ours is `train_step` of pretraining/training/step.py; stock is transformers' GPT2LMHeadModel in a
 plain loop, nanoGPT's a transcription of its model (`peers.py`) in the same loop. All have AdamW with torch's fused
 kernel, no dropout, random tokens and the same precision: bf16 or fp16 is torch's autocast, and fp16 has loss scaling.
 On a CPU the peers run with glibc's allocator as it is, which is how they come, and, in the lines of "tuned", with
@@ -34,14 +34,14 @@ from benchmarks import side_by_side
 from benchmarks.peers import NanoGPT
 from modeling_gpt2scratch import GPT2ScratchConfig
 from pretraining import hardware
-from pretraining.arguments import flag, parse_arguments, run_script
-from pretraining.inputs import ModelInputs
-from pretraining.launch import open_accelerator, open_state
+from pretraining.cli import flag, parse_arguments, run_script
+from pretraining.data.model_inputs import ModelInputs
+from pretraining.distributed.processes import open_accelerator, open_state
 from pretraining.markdown import table
-from pretraining.models import attention_on, build_model
-from pretraining.optimizer import ADAM_BETAS, Optim, build_optimizer, has_fused_adamw
 from pretraining.precision import muon_dtype
-from pretraining.steps import train_step
+from pretraining.training.model import attention_on, build_model
+from pretraining.training.optimizer import ADAM_BETAS, Optim, build_optimizer, has_fused_adamw
+from pretraining.training.step import train_step
 
 Shape = dict[str, Any]  # of a model: arguments of its config
 SHAPES: dict[str, Shape] = {

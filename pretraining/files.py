@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from pretraining.arguments import UserError
+from pretraining.errors import UserError
 
 INCOMPLETE = ".incomplete"  # at the end of a name: not finished, of a program at work or one that was killed
 

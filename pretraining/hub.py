@@ -1,6 +1,7 @@
 """Repositories on the Hub, and what goes wrong there or on the way to it, told in one line."""
 
 import contextlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,9 @@ from typing import Any
 from huggingface_hub import HfApi, ModelCard, constants
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
-from pretraining.arguments import UserError, one_line
+from pretraining.errors import UserError, one_line
+
+LICENSE = "mit"  # of the weights, unless --license says otherwise
 
 
 class HubRefusal(UserError):
@@ -75,3 +78,10 @@ def create_repository(repo_id: str, private: bool, license: str | None = None, r
         if license:
             ModelCard(f"---\nlicense: {license}\n---\n").validate()
     return repo_id
+
+
+def problems_of_license(license: str | None) -> list[str]:
+    """What is wrong with a licence's name: the Hub's are of small letters, digits, points, dashes."""
+    if license is None or re.fullmatch(r"[a-z0-9.+-]+", license):
+        return []
+    return [f"--license {license} is not a name as the Hub has them, such as mit, apache-2.0 or cc-by-4.0"]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from pretraining.arguments import UserError
+from pretraining.errors import UserError
 
 NAMES = {"no": "fp32", "fp16": "fp16", "bf16": "bf16", "fp8": "fp8"}
 MEASURED_SIZE = 384  # on two cores a product takes half a millisecond, and 0.1 seconds where bf16 is emulated

@@ -18,10 +18,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"  # the other core is another worker's
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # and a pool of processes would only cost its start
 
-import processes
-from processes import REPOSITORY
+from support import processes
+from support.processes import REPOSITORY
 
-from pretraining.arguments import run_script
+from pretraining.cli import run_script
 
 WORDS = """apple bridge candle desert engine forest garden harbor island jacket kettle ladder meadow needle orchard
     pencil quarry ribbon saddle timber umbrella valley window yellow zebra anchor basket copper dragon ember""".split()

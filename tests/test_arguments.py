@@ -12,7 +12,8 @@ import eval_hellaswag
 import prepare_data
 import publish_model
 import train_accelerate
-from pretraining.arguments import UserError, flag, parse_arguments
+from pretraining.cli import flag, parse_arguments
+from pretraining.errors import UserError
 
 
 @dataclass

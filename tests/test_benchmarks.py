@@ -12,11 +12,11 @@ import torch
 import yaml
 from accelerate.state import AcceleratorState, GradientState
 from conftest import REPOSITORY, TINY, run, script, succeed
-from processes import wait_until
+from support.processes import wait_until
 
 from benchmarks import demo_steps, gpu, report, side_by_side, training_step
 from benchmarks.report import replace_section
-from pretraining.arguments import run_script
+from pretraining.cli import run_script
 
 PAGE = "# Speed\n\n<!-- one -->\nold\n<!-- /one -->\n\nby hand\n\n<!-- two -->\n<!-- /two -->\n"
 

@@ -20,14 +20,14 @@ import pytest
 import yaml
 from accelerate.commands.launch import launch_command_parser
 from conftest import REPOSITORY, make_documents, run, script, succeed
-from generated_items import generated_records, write_items
-from hub_server import Hub
-from processes import run_ranks
+from support.generated_items import generated_records, write_items
+from support.hub_server import Hub
+from support.processes import run_ranks
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from pretraining.arguments import parse_arguments
-from pretraining.tokenizer import train_tokenizer
-from pretraining.training_arguments import TrainArguments
+from pretraining.cli import parse_arguments
+from pretraining.tokenization.tokenizer import train_tokenizer
+from pretraining.training.flags import TrainArguments
 
 DOCUMENTS = make_documents(300, seed=5)
 REQUIREMENTS = ["requirements.txt", "requirements-dev.txt"]
@@ -238,7 +238,7 @@ ANYTHING = "(.+?)"
 
 
 def test_every_message_of_the_troubleshooting_page_is_one_of_the_program():
-    sources = [*REPOSITORY.glob("*.py"), *REPOSITORY.glob("pretraining/*.py")]
+    sources = [*REPOSITORY.glob("*.py"), *REPOSITORY.glob("pretraining/**/*.py")]
     patterns = {pattern for path in sources for pattern in messages_of(ast.parse(path.read_text()))}
     page = (REPOSITORY / "docs/troubleshooting.md").read_text()
     messages = re.findall(r"```text\n(.*?)\n```", page, re.DOTALL)
@@ -281,6 +281,9 @@ OTHERS = set(
 )
 
 
+SUFFIXES = "json|safetensors|gguf|onnx"  # `model.onnx` is no attribute of model.py
+
+
 @functools.cache
 def our_flags() -> set[str]:
     names = [path.stem for path in REPOSITORY.glob("*.py")]
@@ -293,9 +296,10 @@ def our_flags() -> set[str]:
 @functools.cache
 def definitions() -> dict[str, set[str]]:
     """The names of functions, classes and constants, by the file's name."""
-    folders = ("", "modeling_gpt2scratch", "pretraining", "benchmarks", "tests", "metrics/hellaswag")
-    found = {}
-    for path in [path for folder in folders for path in (REPOSITORY / folder).glob("*.py")]:
+    folders = ("modeling_gpt2scratch", "pretraining", "benchmarks", "tests", "metrics/hellaswag")
+    found: dict[str, set[str]] = {}
+    paths = [path for folder in folders for path in (REPOSITORY / folder).rglob("*.py")]
+    for path in [*REPOSITORY.glob("*.py"), *paths]:
         nodes = list(ast.walk(ast.parse(path.read_text())))
         names = {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)}
         found[path.name] = names | {node.id for node in nodes if isinstance(node, ast.Name)}
@@ -309,7 +313,7 @@ def test_what_a_page_names_is_there(page):
     for span in re.findall(r"`([^`\n]+)`", (REPOSITORY / page).read_text()):
         if re.fullmatch(r"[\w/]+\.py", span):
             assert (REPOSITORY / span).is_file() or span in names
-        elif (attribute := re.fullmatch(r"(\w+)\.(?!json)(\w+)", span)) and f"{attribute[1]}.py" in names:
+        elif (attribute := re.fullmatch(rf"(\w+)\.(?!{SUFFIXES})(\w+)", span)) and f"{attribute[1]}.py" in names:
             assert attribute[2] in names[f"{attribute[1]}.py"], span
         elif span.startswith("test_") and span.endswith("…"):
             assert any(test.startswith(span.removesuffix("…")) for test in tests), span
@@ -319,5 +323,7 @@ def test_what_a_page_names_is_there(page):
 def test_every_file_has_its_place_in_the_table_of_where_a_change_belongs():
     page = (REPOSITORY / "docs/how-it-works.md").read_text()
     rows = "".join(line for line in page.splitlines() if line.startswith("|"))
-    files = [path for name in ("pretraining", "modeling_gpt2scratch") for path in (REPOSITORY / name).glob("[!_]*.py")]
+    files = [
+        path for name in ("pretraining", "modeling_gpt2scratch") for path in (REPOSITORY / name).rglob("[!_]*.py")
+    ]
     assert [path.name for path in files if not re.search(rf"[`/]{path.name}`", rows)] == []

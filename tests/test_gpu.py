@@ -9,13 +9,13 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from conftest import REPOSITORY, TINY, metrics, run, succeed
 from safetensors.torch import load_file
-from tiny_models import random_ids, randomise, tiny_model
+from support.tiny_models import random_ids, randomise, tiny_model
 
 from benchmarks import synthetic
-from pretraining.launch import open_accelerator, open_state
-from pretraining.optimizer import build_optimizer
+from pretraining.distributed.processes import open_accelerator, open_state
 from pretraining.precision import choose_precision, muon_dtype
-from pretraining.steps import train_step
+from pretraining.training.optimizer import build_optimizer
+from pretraining.training.step import train_step
 
 pytestmark = [
     pytest.mark.gpu,

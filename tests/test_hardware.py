@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_models import random_ids, tiny_model
+from support.tiny_models import random_ids, tiny_model
 from torch.nn.functional import linear
 from torch.utils._python_dispatch import TorchDispatchMode
 

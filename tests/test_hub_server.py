@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import script, succeed
-from hub_server import Hub
+from support.hub_server import Hub
 
 UPLOAD = """
 import sys

@@ -16,7 +16,7 @@ from jupyter_client import AsyncKernelManager
 from jupyter_client.kernelspec import KernelSpecManager
 from nbclient import NotebookClient
 from nbformat import NotebookNode
-from processes import REPOSITORY
+from support.processes import REPOSITORY
 from transformers import AutoTokenizer
 
 from modeling_gpt2scratch import GPT2ScratchForCausalLM

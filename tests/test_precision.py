@@ -21,7 +21,7 @@ if kind == "mps":
     torch.backends.mps.is_available = torch.backends.mps.is_built = lambda: True
 if kind == "xpu":
     torch.xpu.is_available = lambda: True
-from pretraining.launch import open_state
+from pretraining.distributed.processes import open_state
 print("device:", open_state().device.type)
 """
 
@@ -122,8 +122,8 @@ TOLD = """
 import sys
 sys.path.insert(0, {repository!r})
 import torch
-from pretraining.launch import open_state
-from pretraining.launcher import told_precision
+from pretraining.distributed.processes import open_state
+from pretraining.distributed.launcher import told_precision
 state = open_state()
 print(f"told {{told_precision()}}, {{torch.get_num_threads()}} threads, process {{state.process_index}}\\n", end="")
 """

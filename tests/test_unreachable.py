@@ -1,7 +1,7 @@
 """Trackers and a Hub that cannot be reached: training goes on, and what was not sent is sent by the same command."""
 
 from conftest import TINY, metrics, script, succeed, train
-from hub_server import Hub
+from support.hub_server import Hub
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 

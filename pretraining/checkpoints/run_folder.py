@@ -1,0 +1,147 @@
+"""The folder of a run, opened for one program at a time: to begin, or to go on where another one ended."""
+
+import contextlib
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+from accelerate import PartialState
+
+from pretraining.checkpoints.folders import checkpoint_to_resume, checkpoints, remove_litter
+from pretraining.checkpoints.identity import differences
+from pretraining.checkpoints.state import Position
+from pretraining.distributed.processes import on_main_process
+from pretraining.errors import UserError
+from pretraining.files import INCOMPLETE, locked, write_text
+from pretraining.records.run_files import IDENTITY, TRAINING_ARGS, WEIGHTS
+
+
+@dataclass(frozen=True)
+class Opened:
+    """
+    Attributes:
+        is_finished: the run there has come to its end.
+        checkpoint: to go on from, None to start at the beginning.
+        messages: what was found, and is passed over.
+    """
+
+    is_finished: bool = False
+    checkpoint: Path | None = None
+    messages: list[str] = field(default_factory=list)
+
+
+@contextlib.contextmanager
+def open_run_folder(
+    output_dir: Path, arguments: dict, identity: dict, defaults: dict, state: PartialState
+) -> Iterator[Opened]:
+    """
+    Make the run folder, or check that the run there is the one to go on with. A new run's training_args.yaml is
+    written here, that of one that goes on by `write_arguments`, when its checkpoint has been loaded.
+
+    Args:
+        arguments: every flag.
+        identity: see `identity.identity`.
+        defaults: the settings of a run without flags.
+
+    Raises:
+        UserError: on all processes, if the folder holds something else, is in use, or has a run that differs.
+    """
+    with contextlib.ExitStack() as stack:
+
+        def work() -> Opened:
+            _check_kind(output_dir)
+            is_new = not output_dir.exists()
+            try:
+                output_dir.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(f"--output_dir {output_dir} cannot be written: {error.strerror}") from None
+            stack.enter_context(
+                locked(output_dir, f"--output_dir {output_dir} is in use by another program: wait for it, or stop it")
+            )
+            try:
+                return _open(output_dir, arguments, identity, defaults)
+            except OSError as error:
+                raise UserError(f"--output_dir {output_dir} cannot be used: {error}") from None
+            except UserError:
+                if is_new:
+                    shutil.rmtree(output_dir)
+                raise
+
+        yield on_main_process(state, work)
+
+
+def is_finished(output_dir: Path) -> bool:
+    return (output_dir / WEIGHTS).is_file()
+
+
+def write_arguments(output_dir: Path, arguments: dict, identity: dict) -> None:
+    """Write training_args.yaml, a recipe of the run, and identity.json, what it may be compared with."""
+    given = {key: value for key, value in arguments.items() if value is not None}
+    write_text(output_dir / TRAINING_ARGS, yaml.safe_dump(given, sort_keys=False, allow_unicode=True))
+    write_text(output_dir / IDENTITY, json.dumps(identity, indent=2) + "\n")
+
+
+def _check_kind(output_dir: Path) -> None:
+    if output_dir.exists() and not output_dir.is_dir():
+        raise UserError(f"--output_dir {output_dir} is not a folder")
+    names = {path.name for path in output_dir.iterdir()} if output_dir.exists() else set()
+    if names - {".lock", TRAINING_ARGS + INCOMPLETE} and TRAINING_ARGS not in names:  # the first two of a new run
+        raise UserError(f"--output_dir {output_dir} exists and is not a run folder: choose another")
+
+
+def _open(output_dir: Path, arguments: dict, identity: dict, defaults: dict) -> Opened:
+    resume, has_run = arguments["resume_from_checkpoint"], bool(checkpoints(output_dir))
+    finished = is_finished(output_dir)
+    if resume == "none" and (has_run or finished):
+        raise UserError(
+            f"--output_dir {output_dir} holds a run already: delete it, or choose another, to start from step 0"
+        )
+    if finished:
+        _check_finished(output_dir, identity, defaults)
+        return Opened(is_finished=True)
+    if has_run and resume != "auto" and not Path(resume).resolve().is_relative_to(output_dir.resolve()):
+        if _read_arguments(output_dir).get("resume_from_checkpoint") != resume:
+            raise UserError(
+                f"--output_dir {output_dir} holds a run already, which --resume_from_checkpoint {resume} is not of: "
+                "choose another --output_dir, or go on with that run by --resume_from_checkpoint auto"
+            )
+        resume = "auto"  # the run there began so, and has come further
+    messages = [f"{path} was never finished, and is deleted" for path in remove_litter(output_dir)]
+    folder, damages = checkpoint_to_resume(output_dir, resume)
+    if folder is None:
+        write_arguments(output_dir, arguments, identity)
+        return Opened(messages=messages)
+    messages += [f"passed over: {damage}" for damage in damages]
+    _check_position(folder, arguments["allow_changes"], identity, defaults)
+    return Opened(checkpoint=folder, messages=messages)
+
+
+def _read_arguments(output_dir: Path) -> dict:
+    path = output_dir / TRAINING_ARGS
+    try:
+        return dict(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, yaml.YAMLError):
+        raise UserError(f"{path} is damaged: without it nobody knows what run this is") from None
+
+
+def _check_finished(output_dir: Path, identity: dict, defaults: dict) -> None:
+    try:
+        before = dict(json.loads((output_dir / IDENTITY).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return  # a model that came from elsewhere: it is left as it is
+    # Its precision may be another, as nothing is trained.
+    if problems := differences(before, identity, ["mixed_precision"], defaults, is_finished=True):
+        further = f"to train its model further: --model_name_or_path {output_dir} and another --output_dir"
+        raise UserError(*(f"{output_dir} holds a finished run, of {problem} ({further})" for problem in problems))
+
+
+def _check_position(folder: Path, allow_changes: list[str], identity: dict, defaults: dict) -> None:
+    position = Position.read(folder)
+    max_steps = identity["settings"]["max_steps"]
+    if position.step >= max_steps:
+        raise UserError(f"{folder} has --max_steps {max_steps} behind it: nothing is left to train")
+    if problems := differences(position.identity, identity, allow_changes, defaults):
+        raise UserError(*(f"{folder} is of {problem}" for problem in problems))

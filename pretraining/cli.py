@@ -1,0 +1,210 @@
+"""Command lines and recipes: a dataclass of flags, filled from a YAML file and then from the command line."""
+
+import argparse
+import copy
+import dataclasses
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from transformers import HfArgumentParser
+
+from pretraining.errors import ProcessError, UserError, nearest
+
+T = TypeVar("T")
+
+
+def flag(default: Any, help: str, **kwargs: Any) -> Any:
+    """A dataclass field that becomes a `--flag` of the same name."""
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata={"help": help, **kwargs})
+    return dataclasses.field(default=default, metadata={"help": help, **kwargs})
+
+
+def parse_arguments(arguments_class: type[T], description: str, argv: list[str] | None = None) -> T:
+    """
+    Read `--config recipe.yaml` if there is one, then the command line, which wins.
+
+    Args:
+        arguments_class: a dataclass whose fields are the flags, or one that inherits them from dataclasses with an
+            `_argument_group_name`, which --help shows as groups. If it has a method `problems() -> list[str]`, that is
+            asked about values that do not fit together.
+        argv: the command line, `sys.argv[1:]` if left out.
+
+    Raises:
+        UserError: with every problem found: unknown flags and recipe keys (with the nearest real name), values of the
+            wrong type, and what `problems` returned.
+    """
+    names = [field.name for field in dataclasses.fields(arguments_class)]  # type: ignore[arg-type]
+    argv = list(sys.argv[1:] if argv is None else argv)
+    problems: list[str] = []
+    recipe_argv = _recipe_argv(_option_value(argv, "--config"), names, problems)
+    namespace, unknown = _parse_all(_parser(arguments_class, description), recipe_argv + argv, problems)
+    problems += [_unknown_flag(word, names) for word in unknown if word.startswith("--")]
+    problems += _problems_of_stray_words(_stray_words(unknown))
+
+    arguments = arguments_class(**{name: getattr(namespace, name) for name in names})
+    if hasattr(arguments, "problems"):
+        problems += arguments.problems()
+    if problems:
+        raise UserError(*problems)
+    return arguments
+
+
+def problems_of_range(args: object, names: list[str], least: int, most: int | None = None) -> list[str]:
+    """Of each of these flags that is given, and has a value outside of `least` to `most`."""
+    values = {name: getattr(args, name) for name in names}
+    wanted = f"at least {least}" if most is None else f"{least} to {most}"
+    return [
+        f"--{name} must be {wanted}, got {value}"
+        for name, value in values.items()
+        if value is not None and (value < least or (most is not None and value > most))
+    ]
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Run a script's `main`; what the user can put right is printed as one line a problem, with exit status 2."""
+    logging.getLogger("huggingface_hub").setLevel(
+        logging.ERROR
+    )  # it tells of each try; what comes of them is told once
+    try:
+        main()
+    except UserError as error:
+        # All processes of a launch find the same problems, most often: say those once.
+        if os.environ.get("RANK", "0") == "0" or isinstance(error, ProcessError):
+            for problem in error.problems:
+                print(f"{Path(sys.argv[0]).name}: error: {problem}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def _parser(arguments_class: type, description: str) -> HfArgumentParser:
+    groups = [base for base in reversed(arguments_class.__mro__) if "_argument_group_name" in vars(base)]
+    parser = HfArgumentParser(
+        groups or arguments_class,  # type: ignore[arg-type]
+        description=description,
+        allow_abbrev=False,  # which would turn a mistyped `--eval` silently into `--eval_steps`
+        exit_on_error=False,
+        usage="%(prog)s [--config recipe.yaml] [--flag value ...]",
+        formatter_class=_HelpFormatter,
+    )
+    about = "a YAML recipe: flag names without the dashes, and values"
+    parser.add_argument("--config", type=str, metavar="FILE", help=about)
+    return parser
+
+
+def _parse_all(parser: HfArgumentParser, argv: list[str], problems: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """As `parse_known_args`, which stops at the first value it cannot convert: that is noted, and left out."""
+    while True:
+        try:
+            return parser.parse_known_args(argv)
+        except argparse.ArgumentError as error:
+            options = (error.argument_name or "").split("/")
+            problems.append(f"{options[0]}: {error.message}" if error.argument_name else error.message)
+            remaining = _without_option(argv, options)
+            if len(remaining) == len(argv):
+                raise UserError(*problems) from None
+            argv = remaining
+
+
+METAVARS = {int: "N", float: "X", str: "TEXT"}
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Keeps the lines of the description, tells defaults where there is one to tell, and each flag by one name."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        says_nothing = action.default is None or action.default is False or action.default in ([], [""])
+        return action.help if says_nothing else super()._get_help_string(action)
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        return METAVARS.get(action.type, "true|false")  # type: ignore[call-overload]
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        action = copy.copy(action)  # without `--data-dir`, which HfArgumentParser takes for `--data_dir`
+        action.option_strings = [name for name in action.option_strings if "-" not in name.lstrip("-")]
+        return super()._format_action_invocation(action)
+
+
+def _read_recipe(path: str | None) -> dict:
+    """
+    Raises:
+        UserError: at once, as without it other flags would seem to be missing.
+    """
+    if path is None:
+        return {}
+    try:
+        recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except OSError as error:
+        raise UserError(f"--config {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(recipe, dict):
+        raise UserError(f"--config {path} must hold 'name: value' lines, got a {type(recipe).__name__}")
+    return recipe
+
+
+def _recipe_argv(path: str | None, names: list[str], problems: list[str]) -> list[str]:
+    """A recipe as the words of a command line, so that argparse converts and checks both in the same way."""
+    argv = []
+    for key, value in _read_recipe(path).items():
+        if key not in names:
+            problems.append(f"{path}: unknown key '{key}'{nearest(str(key), names)}")
+        elif value is not None and value != []:
+            values = value if isinstance(value, list) else [value]
+            argv += [
+                f"--{key}",
+                *(json.dumps(value, default=str) if isinstance(value, dict) else str(value) for value in values),
+            ]
+    return argv
+
+
+def _option_value(argv: list[str], option: str) -> str | None:
+    """The last value given to `option`, as `--option value` or `--option=value`."""
+    value = None
+    for index, word in enumerate(argv):
+        if word == option and index + 1 < len(argv):
+            value = argv[index + 1]
+        elif word.startswith(option + "="):
+            value = word.removeprefix(option + "=")
+    return value
+
+
+def _without_option(argv: list[str], options: list[str]) -> list[str]:
+    """`argv` without any of `options` and the values that follow it."""
+    kept, dropping = [], False
+    for word in argv:
+        if word.startswith("--"):
+            dropping = word.split("=")[0] in options
+        if not dropping:
+            kept.append(word)
+    return kept
+
+
+def _unknown_flag(word: str, names: list[str]) -> str:
+    name = word.split("=")[0].removeprefix("--")
+    guess = nearest(name.replace("-", "_"), [*names, "config"])
+    return f"unknown flag --{name}{guess.replace('mean ', 'mean --')}"
+
+
+def _stray_words(unknown: list[str]) -> list[str]:
+    """Words that belong to no flag at all: the value behind an unknown flag is that flag's, not reported again."""
+    return [
+        word
+        for index, word in enumerate(unknown)
+        if not word.startswith("--") and (index == 0 or not unknown[index - 1].startswith("--"))
+    ]
+
+
+def _problems_of_stray_words(words: list[str]) -> list[str]:
+    """Several files, where there should be one pattern, are what a shell makes of a pattern."""
+    if len(words) > 1 and all(Path(word).exists() for word in words):
+        return [f"'{words[0]}' and {len(words) - 1} more are not flags: a pattern goes in quotes, as 'texts/*.txt'"]
+    return [f"'{word}' is not a flag" for word in words]

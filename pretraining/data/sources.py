@@ -1,0 +1,92 @@
+"""Several sources in one training run: what a recipe says of them, and which row comes from which."""
+
+import contextlib
+from dataclasses import dataclass, fields
+
+import yaml
+
+from pretraining.errors import UserError, nearest, one_line
+
+
+@dataclass(frozen=True)
+class Source:
+    """
+    One entry under `mixture:` in a recipe, or the one source that the flags of the same names give.
+
+    Attributes:
+        weight: share of the rows, and so of the tokens, relative to the other sources' weights.
+    """
+
+    data_dir: str | None = None
+    dataset_name: str | None = None
+    dataset_config_name: str | None = None
+    dataset_revision: str | None = None
+    text_column: str = "text"
+    train_file: str | None = None
+    validation_file: str | None = None
+    weight: float = 1.0
+
+    @classmethod
+    def of(cls, args: object) -> "Source":
+        """The one that flags name."""
+        return cls(**{field.name: getattr(args, field.name) for field in fields(cls) if hasattr(args, field.name)})
+
+    @property
+    def name(self) -> str:
+        return self.data_dir or self.dataset_name or self.train_file or "a source without a name"
+
+    def problems(self, streaming: bool) -> list[str]:
+        """What is wrong with it by itself, to train on: an empty list if nothing is."""
+        found = self.problems_of_text()
+        if sum(map(bool, (self.data_dir, self.dataset_name, self.train_file))) != 1:
+            found.append("give one of --data_dir, --dataset_name and --train_file")
+        if self.data_dir and streaming:
+            found.append(f"--data_dir {self.data_dir} is packed already: leave --streaming out")
+        if self.train_file and not streaming:
+            found.append("--train_file is text: add --streaming, or pack it first with prepare_data.py")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name != "weight" and not isinstance(value, str | None):
+                found.append(f"{field.name} of a source must be a text, got {value}")
+        if not isinstance(self.weight, float) or not 0 < self.weight < float("inf"):
+            found.append(f"the weight of {self.name} must be a number above 0, got {self.weight}")
+        return found
+
+    def problems_of_text(self) -> list[str]:
+        """Of the flags that only go with another one."""
+        found = []
+        if (self.dataset_config_name or self.dataset_revision) and not self.dataset_name:
+            found.append("--dataset_config_name and --dataset_revision need --dataset_name")
+        if self.validation_file and not self.train_file:
+            found.append("--validation_file needs --train_file")
+        return found
+
+
+def parse_mixture(entries: list[str]) -> list[Source]:
+    """
+    Args:
+        entries: each a YAML mapping of the names in `Source`, `{data_dir: data/web, weight: 0.7}`.
+
+    Raises:
+        UserError: with everything that is no such mapping, or names what a source does not have.
+    """
+    names = [field.name for field in fields(Source)]
+    sources, problems = [], []
+    for entry in entries:
+        try:
+            values = yaml.safe_load(entry)
+        except yaml.YAMLError as error:
+            problems.append(f"--mixture {entry}: not valid YAML: {one_line(error)}")
+            continue
+        if not isinstance(values, dict):
+            problems.append(f"--mixture {entry}: each source is a mapping, as {{data_dir: data/web, weight: 0.7}}")
+            continue
+        with contextlib.suppress(TypeError, ValueError):  # YAML takes 1e-05 for a text
+            values["weight"] = float(values.get("weight", 1.0))
+        unknown = [str(key) for key in values if key not in names]
+        problems += [f"--mixture: a source has no '{key}'{nearest(key, names)}" for key in unknown]
+        if not unknown:
+            sources.append(Source(**values))
+    if problems:
+        raise UserError(*problems)
+    return sources

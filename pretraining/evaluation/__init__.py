@@ -1,0 +1,1 @@
+"""How good a model is: validation loss, samples and benchmarks."""

@@ -1,0 +1,1 @@
+"""How a model leaves the run folder: model cards, export, the Hub, other formats."""

@@ -1,0 +1,116 @@
+"""A model card that is there already, changed: for another name, another format, or with new results."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard
+from transformers import PreTrainedConfig
+from yaml import YAMLError
+
+from pretraining.errors import UserError, one_line
+from pretraining.files import write_text
+from pretraining.publishing.model_card import CARD, USE, title_of
+from pretraining.publishing.usage import ConvertedFormat, example_prompt, quoted, usage
+
+STRING = r'"(?:[^"\\\n]|\\.)*"'  # between quotes, with escapes
+USE_SECTION = re.compile(rf"^{USE}$.*?(?=^## |\Z)", flags=re.M | re.S)  # up to the next heading
+NAMES: dict[ConvertedFormat, str] = {"gpt2": "a stock GPT-2", "gguf": "GGUF", "onnx": "ONNX"}
+LIBRARY: dict[ConvertedFormat, str] = {"gpt2": "transformers", "gguf": "gguf", "onnx": "onnx"}
+
+
+def converted_card(
+    text: str | None,
+    folder: Path,
+    format: ConvertedFormat,
+    config: PreTrainedConfig,
+    outtype: str = "f32",
+    license: str | None = None,
+) -> ModelCard:
+    """
+    The card of a model in another format, made of its own: with an example for that format. All else stays, what
+    people wrote there included.
+
+    Args:
+        text: of the model's card, None if it has none.
+        folder: where the converted model is.
+        outtype: the type of its matrices.
+        license: of the weights, None to leave it.
+    """
+    card = renamed_card(text, str(folder), license)
+    data: Any = card.data
+    data.library_name = LIBRARY[format]
+    data.pipeline_tag = "text-generation"
+    data.tags = list(dict.fromkeys([*(data.tags or ["gpt2"]), *([format] if format != "gpt2" else [])]))
+    prompt = re.search(rf"generator\(({STRING})", card.text)
+    prompts = [json.loads(prompt[1])] if prompt else []
+    converted = f"Converted to {NAMES[format]}, in {outtype}. The figures below were measured before that."
+    section = f"{USE}\n\n{converted}\n\n{usage(format, str(folder), example_prompt(prompts, config), config)}\n\n"
+    if USE_SECTION.search(card.text):
+        card.text = USE_SECTION.sub(lambda _: section, card.text)
+    else:
+        card.text = f"{card.text.rstrip()}\n\n{section}"
+    return card
+
+
+def renamed_card(text: str | None, name: str, license: str | None) -> ModelCard:
+    """
+    A card for a repository: its title and its examples have the repository's name, in place of the folder's.
+
+    Args:
+        text: of the card in the folder that is published, None if there is none.
+        name: of the repository: a Hub id, or a folder.
+        license: of the weights, None to leave it.
+
+    Raises:
+        UserError: if the metadata of the card is not valid.
+    """
+    title = title_of(name)
+    card = _read(text if text is not None else f"# {title}\n")
+    data: Any = card.data
+    if data.model_name:
+        heading = rf"^# {re.escape(data.model_name)}$"
+        card.text = re.sub(heading, lambda _: f"# {title}", card.text, count=1, flags=re.M)
+        data.model_name = title
+    if license:
+        card.text = card.text.replace(f"The weights: `{data.license}`.", f"The weights: `{license}`.")
+        data.license = license
+    use = USE_SECTION.search(card.text)
+    if old := re.search(rf"(?:model=|from_pretrained\(|^name = )({STRING})", use[0] if use else card.text, flags=re.M):
+        card.text = card.text.replace(old[1], quoted(name))
+    return card
+
+
+def update_model_card(name_or_path: str, results: list[EvalResult]) -> None:
+    """
+    Put results into the metadata of a model's card, README.md in its folder or on the Hub, in place of older ones of
+    the same metrics on the same data.
+
+    Raises:
+        UserError: if the card cannot be read, or written.
+    """
+    path = Path(name_or_path) / CARD
+    is_local = Path(name_or_path).is_dir()
+    try:
+        card = ModelCard.load(path if is_local else name_or_path)
+        card.data.model_name = card.data.model_name or Path(name_or_path).resolve().name
+        new = {(result.dataset_type, result.metric_name) for result in results}
+        old = card.data.eval_results or []
+        others = [result for result in old if (result.dataset_type, result.metric_name) not in new]
+        card.data.eval_results = others + results
+        if is_local:
+            write_text(path, str(card))
+        else:
+            card.push_to_hub(name_or_path, commit_message="HellaSwag")
+    except Exception as error:  # a refused token, no card, metadata that is not valid: of several libraries
+        raise UserError(f"--update_model_card: the card of {name_or_path}: {one_line(error)}") from None
+
+
+def _read(text: str) -> ModelCard:
+    if not text.startswith("---"):  # no metadata: what the Hub needs to know at least
+        text = f"---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [gpt2]\n---\n\n{text}"
+    try:
+        return ModelCard(text)
+    except (ValueError, TypeError, YAMLError) as error:
+        raise UserError(f"{CARD} has metadata that is not valid: {one_line(error)}") from None

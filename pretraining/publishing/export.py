@@ -1,0 +1,49 @@
+"""Write the final model, a folder that loads with the Auto classes and a pipeline."""
+
+import os
+import shutil
+from pathlib import Path
+
+from huggingface_hub import ModelCard
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from pretraining.checkpoints.folders import FINAL
+from pretraining.errors import one_line
+from pretraining.files import INCOMPLETE
+from pretraining.publishing.model_card import CARD
+from pretraining.records.run_files import WEIGHTS
+
+
+def export(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, card: ModelCard, output_dir: Path, state_dict: dict
+) -> None:
+    """
+    Write the final model into `output_dir`. The weights are put there last: where they are, the rest is whole.
+
+    Args:
+        state_dict: the full weights, gathered from all processes.
+    """
+    folder = output_dir / (FINAL + INCOMPLETE)
+    shutil.rmtree(folder, ignore_errors=True)
+    model.save_pretrained(folder, state_dict=state_dict)
+    write_tokenizer(tokenizer, model.config.n_positions, folder)
+    card.save(folder / CARD)
+    for path in sorted(folder.iterdir(), key=lambda path: path.name == WEIGHTS):
+        os.replace(path, output_dir / path.name)
+    folder.rmdir()
+
+
+def write_tokenizer(tokenizer: PreTrainedTokenizerBase, n_positions: int, folder: Path) -> None:
+    """What a pipeline needs beside a model: the tokenizer, and how to generate."""
+    # A pipeline asks for 256 new tokens if a model does not say, which a small model may have no positions for.
+    GenerationConfig(
+        bos_token_id=tokenizer.eos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id,
+        max_new_tokens=min(256, n_positions // 2),
+    ).save_pretrained(folder)
+    tokenizer.model_max_length = n_positions
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:  # tokenizers has no kind of its own for a full disk
+        raise OSError(one_line(error)) from error

@@ -1,0 +1,135 @@
+"""The plots of a run, drawn from its metrics.jsonl."""
+
+import math
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pretraining.files import INCOMPLETE
+from pretraining.records.metrics import read_metrics
+from pretraining.records.run_files import HELLASWAG_PLOT, LOSS_PLOT
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+from transformers import PreTrainedTokenizerBase
+
+from pretraining.tokenization.tokenizer import tokenizer_fingerprint
+
+SETTLED = 0.05  # part of the tokens seen after which a loss has to be in the picture
+LABEL_HEIGHT = 0.04  # of a reference line's name, as a part of the plot's height
+
+
+def plot_loss(output_dir: Path, reference_losses: dict[str, float]) -> None:
+    """
+    Draw plots/loss.png: training and validation loss over the tokens seen.
+
+    Args:
+        reference_losses: what to compare the validation loss with, in nats per token, such as `{"gzip -9": 4.31}`.
+    """
+    lines = read_metrics(output_dir)
+    figure, axes = _new_figure()
+    training = [(line["tokens"], line["loss"]) for line in lines if "loss" in line]
+    evaluation = [(line["tokens"], line["eval_loss"]) for line in lines if "eval_loss" in line]
+    if training:
+        axes.plot(*zip(*training, strict=True), color="tab:blue", alpha=0.5, linewidth=1, label="training")
+    if evaluation:
+        axes.plot(*zip(*evaluation, strict=True), color="tab:orange", marker="o", markersize=4, label="validation")
+    axes.set_ylabel("loss (nats per token)")
+    # The fall of the first steps would take most of the plot, and what comes after it is worth looking at.
+    points = training + evaluation
+    settled = [loss for tokens, loss in points if tokens >= SETTLED * points[-1][0]]
+    highest = max(settled)
+    references = {name: loss for name, loss in reference_losses.items() if loss < highest}
+    margin = 0.03 * (highest - min(settled)) + 0.02
+    axes.set_ylim(min([*settled, *references.values()]) - margin, highest + margin)
+    _reference_lines(axes, references)
+    _save(figure, axes, output_dir / LOSS_PLOT)
+
+
+def plot_hellaswag(output_dir: Path) -> None:
+    """Draw plots/hellaswag.png: accuracy over the tokens seen, beside what OpenAI's models reach."""
+    lines = [line for line in read_metrics(output_dir) if "hellaswag_acc_norm" in line]
+    tokens = [line["tokens"] for line in lines]
+    figure, axes = _new_figure()
+    for key, color, label in (("acc_norm", "tab:orange", "acc_norm"), ("acc", "tab:blue", "acc")):
+        values = [100 * line[f"hellaswag_{key}"] for line in lines]
+        axes.plot(tokens, values, color=color, marker="o", markersize=4, label=label)
+    _reference_lines(axes, {"chance": 25.0} | HELLASWAG_ACC_NORM)
+    axes.set_ylabel(f"HellaSwag, % of {lines[-1]['hellaswag_n']:,} items")
+    _save(figure, axes, output_dir / HELLASWAG_PLOT)
+
+
+def _new_figure() -> "tuple[Figure, Axes]":
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt.subplots(figsize=(8, 5), layout="constrained")
+
+
+def _reference_lines(axes: "Axes", values: dict[str, float]) -> None:
+    """Dashed lines, each with its name on the right, where names of close lines make room for each other."""
+    for value in values.values():
+        axes.axhline(value, color="tab:gray", linestyle="--", linewidth=0.8)
+    bottom, top = axes.get_ylim()
+    height = -math.inf  # as a part of the plot's
+    for name, value in sorted(values.items(), key=lambda item: item[1]):
+        height = max((value - bottom) / (top - bottom), height + LABEL_HEIGHT)
+        axes.text(1.01, height, f"{name} {value:.2f}", transform=axes.transAxes, va="center", fontsize=8, color="0.3")
+
+
+def _save(figure: "Figure", axes: "Axes", path: Path) -> None:
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import EngFormatter
+
+    axes.set_xlabel("tokens seen")
+    axes.xaxis.set_major_formatter(EngFormatter())  # 500k, 1M, 1.5M
+    axes.set_xlim(left=0)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    path.parent.mkdir(exist_ok=True)
+    temporary = path.with_name(path.name + INCOMPLETE)
+    figure.savefig(temporary, dpi=120, format="png")
+    plt.close(figure)
+    os.replace(temporary, path)
+
+
+# sha256 of its vocabulary and merges, see `tokenizer_fingerprint`.
+GPT2_TOKENIZER = "791ec97af60dca33a46dd246e8bf7ef8687a4e7bac5fcf85ec49eac7fea9e624"
+
+# Of OpenAI's GPT-2 in nats per token, by a part of the dataset's name.
+VALIDATION_LOSSES = {
+    "fineweb-edu": {"GPT-2 124M": 3.2924},  # sample-10BT; build-nanogpt, play.ipynb
+    "openwebtext": {  # nanoGPT, README, "baselines"
+        "GPT-2 124M": 3.12,
+        "GPT-2 350M": 2.84,
+        "GPT-2 774M": 2.67,
+        "GPT-2 1558M": 2.54,
+    },
+}
+
+# acc_norm of the completion protocol, in percent of all 10,042 items.
+HELLASWAG_ACC_NORM = {
+    "GPT-2 124M": 29.55,  # build-nanogpt, hellaswag.py
+    "GPT-2 350M": 37.52,  # llm.c, dev/vislog.ipynb
+    "GPT-2 774M": 43.20,  # llm.c, dev/vislog.ipynb
+    "GPT-2 1558M": 48.93,  # build-nanogpt, hellaswag.py
+    "GPT-3 124M": 33.70,  # this and the others: llm.c, dev/vislog.ipynb, after Brown et al. 2020
+    "GPT-3 350M": 43.60,
+    "GPT-3 760M": 51.00,
+    "GPT-3 1.3B": 54.70,
+}
+
+
+def comparable_losses(source_names: list[str], tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
+    """
+    Published validation losses of OpenAI's GPT-2 in nats per token, by model, on text of the same distribution; empty
+    if there are none, or the tokens are not GPT-2's.
+    """
+    if len(source_names) != 1 or tokenizer_fingerprint(tokenizer) != GPT2_TOKENIZER:
+        return {}
+    name = source_names[0].lower()
+    return next((losses for key, losses in VALIDATION_LOSSES.items() if key in name), {})

@@ -1,0 +1,155 @@
+"""The model a run starts from: its config from flags, its weights from scratch or from a checkpoint."""
+
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.hub import has_file
+
+from modeling_gpt2scratch import PRESETS, GPT2ScratchConfig, GPT2ScratchForCausalLM
+from pretraining.errors import UserError, nearest, one_line
+from pretraining.hub import check_name
+from pretraining.tokenization.tokenizer import load_tokenizer, tokenizer_fingerprint
+from pretraining.training.tiled_attention import TILED
+
+
+def load_config(
+    model_name_or_path: str | None, config_name: str | None, overrides: str | None, vocab_size: int, eos_token_id: int
+) -> PreTrainedConfig:
+    """
+    The config to train with: that of the weights to start from, or else the named one (GPT-2 124M if none is) with
+    `overrides`. From scratch, the vocabulary and the end-of-text token are the tokenizer's unless overridden.
+
+    Args:
+        model_name_or_path, config_name: a folder or a Hub id, of this model or of a stock GPT-2; a config may also be
+            one of `PRESETS`.
+
+    Raises:
+        UserError: for a name that cannot be loaded, an unknown override, or values that make no model.
+    """
+    source = model_name_or_path or config_name
+    try:
+        check_name(source or "")
+        if source is None or source in PRESETS:
+            config = GPT2ScratchConfig.from_preset(source or "124M")
+        elif not PreTrainedConfig.get_config_dict(source)[0]:  # from_pretrained would take the defaults
+            raise OSError("it has no config.json")
+        else:
+            config = GPT2ScratchConfig.from_pretrained(source)
+    except (OSError, ValueError, StrictDataclassError) as error:
+        presets = "" if model_name_or_path else f" (or use a preset: {', '.join(PRESETS)})"
+        raise UserError(f"{source} cannot be loaded: {one_line(error)}{presets}") from None
+    if model_name_or_path:
+        return config
+    changes: dict[str, Any] = {"vocab_size": vocab_size, "bos_token_id": eos_token_id, "eos_token_id": eos_token_id}
+    changes |= parse_overrides(overrides or "")
+    if "n_embd" in changes:
+        changes.setdefault("n_inner", None)  # four times the new width, not the old one
+    try:
+        return GPT2ScratchConfig(**{**config.to_dict(), **changes})
+    except Exception as error:  # the strict dataclass wraps ours and its own in errors of several classes
+        raise UserError(f"--config_overrides {overrides}: {one_line(error.__cause__ or error)}") from None
+
+
+def parse_overrides(text: str) -> dict:
+    """
+    `n_layer=4,n_embd=256` to `{"n_layer": 4, "n_embd": 256}`.
+
+    Raises:
+        UserError: for what is not `name=value`, or a name that the config does not have.
+    """
+    known = [*GPT2ScratchConfig.__annotations__, *GPT2ScratchConfig.attribute_map]
+    overrides, problems = {}, []
+    for item in filter(None, text.split(",")):
+        key, separator, value = (part.strip() for part in item.partition("="))
+        if not separator:
+            problems.append(f"--config_overrides: '{item}' is not name=value")
+        elif key not in known:
+            problems.append(f"--config_overrides: the config has no '{key}'{nearest(key, known)}")
+        else:
+            overrides[GPT2ScratchConfig.attribute_map.get(key, key)] = _to_value(value)
+    if problems:
+        raise UserError(*problems)
+    return overrides
+
+
+def _to_value(text: str) -> int | float | bool | str | None:
+    for convert in (int, float):
+        try:
+            return convert(text)
+        except ValueError:
+            continue
+    return {"true": True, "false": False, "none": None, "null": None}.get(text.lower(), text)
+
+
+def check_fit(config: PreTrainedConfig, vocab_size: int, block_size: int) -> None:
+    """
+    Args:
+        vocab_size: of the tokenizer that the data was made with.
+        block_size: tokens in a row.
+
+    Raises:
+        UserError: with everything in which data, tokenizer and model do not fit together.
+    """
+    problems = []
+    if block_size > config.n_positions:
+        problems.append(
+            f"--block_size {block_size} is beyond the model's {config.n_positions} positions: "
+            f"--config_overrides n_positions={block_size} makes room, or use shorter rows"
+        )
+    if vocab_size > config.vocab_size:
+        problems.append(
+            f"the tokenizer of the data has {vocab_size} tokens, more than the model's vocabulary of "
+            f"{config.vocab_size} (vocab_size)"
+        )
+    if problems:
+        raise UserError(*problems)
+
+
+def check_tokenizer(model_name_or_path: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """
+    Args:
+        model_name_or_path: of the weights to start from, with or without a tokenizer beside them.
+        tokenizer: that the data was made with.
+
+    Raises:
+        UserError: if it is another one than the model's, for which the ids of the data are other tokens.
+    """
+    # Of the weights alone nobody can tell, and transformers makes a tokenizer without a vocabulary for them.
+    if not has_file(model_name_or_path, "tokenizer.json"):
+        return
+    if tokenizer_fingerprint(load_tokenizer(model_name_or_path)) != tokenizer_fingerprint(tokenizer):
+        raise UserError(
+            f"the data was made with another tokenizer than that of {model_name_or_path}: prepare it with "
+            f"--tokenizer_name {model_name_or_path}"
+        )
+
+
+def attention_on(device: torch.device, mixed_precision: str, attn_implementation: str) -> str:
+    """`attn_implementation`, or `TILED` in place of sdpa on a CPU in bf16, where torch's kernel is slow."""
+    is_slow = attn_implementation == "sdpa" and device.type == "cpu" and mixed_precision == "bf16"
+    return TILED if is_slow else attn_implementation
+
+
+def build_model(
+    config: PreTrainedConfig, model_name_or_path: str | None, attn_implementation: str, gradient_checkpointing: bool
+) -> PreTrainedModel:
+    """
+    The model in training mode, in fp32: under bf16 autocast the weights and the optimizer's sums stay exact.
+
+    Raises:
+        UserError: if there are no such weights, or the attention implementation is not installed.
+    """
+    try:
+        if model_name_or_path:
+            model = GPT2ScratchForCausalLM.from_pretrained(
+                model_name_or_path, attn_implementation=attn_implementation, dtype=torch.float32
+            )
+        else:
+            model = AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation)
+    except (ImportError, OSError, ValueError) as error:  # an attention that is not installed, or no weights there
+        raise UserError(f"the model cannot be made: {one_line(error)}") from None
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    return model.train()

@@ -1,0 +1,183 @@
+"""The optimizers: AdamW for all parameters, or Muon for the blocks' matrices and AdamW for the others."""
+
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, assert_never
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import AdamW, Optimizer
+from torch.optim.adamw import adamw
+
+from pretraining.training.orthogonalization import orthogonalize_together
+
+ADAM_BETAS = (0.9, 0.95)  # GPT-3 paper, appendix B
+ADAM_EPSILON = 1e-8
+MUON_MOMENTUM = 0.95  # Jordan et al. 2024; lower at the start of training (`schedule.muon_momentum`)
+Optim = Literal["adamw", "muon"]
+
+
+def build_optimizer(
+    model: nn.Module,
+    optim: Optim,
+    learning_rate: float,
+    weight_decay: float,
+    device: torch.device,
+    muon_dtype: torch.dtype = torch.float32,
+) -> Optimizer:
+    """
+    Build the optimizer of a run.
+
+    `adamw`: AdamW for everything. Betas 0.9 and 0.95, epsilon 1e-8, decay 0.1 (GPT-3 paper, appendix B); the training
+    script's default learning rate, 6e-4, is that of GPT-3 Small (table 2.1), larger models take less.
+    `muon`: `Muon` for the blocks' weight matrices, AdamW as above for embeddings, head, norms and biases.
+
+    Only matrices decay; norms and biases do not. Each group keeps its peak learning rate as `initial_lr`.
+
+    Args:
+        device: where the parameters will be.
+        muon_dtype: see `Muon`.
+    """
+    hidden, other_matrices, vectors = parameter_groups(model)
+    fused = has_fused_adamw(device)
+    options: dict[str, Any] = {"lr": learning_rate, "betas": ADAM_BETAS, "eps": ADAM_EPSILON, "fused": fused}
+    optimizer: Optimizer
+    if optim == "muon":
+        groups = [
+            {"params": hidden, "weight_decay": weight_decay, "kind": "muon"},
+            {"params": other_matrices, "weight_decay": weight_decay, "kind": "adamw"},
+            {"params": vectors, "weight_decay": 0.0, "kind": "adamw"},
+        ]
+        optimizer = Muon(groups, **options, dtype=muon_dtype)
+    elif optim == "adamw":
+        groups = [
+            {"params": hidden + other_matrices, "weight_decay": weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ]
+        optimizer = AdamW(groups, **options)
+    else:
+        assert_never(optim)
+    for group in optimizer.param_groups:
+        group["initial_lr"] = learning_rate
+    return optimizer
+
+
+def parameter_groups(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
+    """Return the trained parameters in three parts: the blocks' matrices, embeddings and head, and all vectors."""
+    hidden, other_matrices, vectors = [], [], []
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if parameter.ndim < 2:
+            vectors.append(parameter)
+        elif "embed" in name or "lm_head" in name:
+            other_matrices.append(parameter)
+        else:
+            hidden.append(parameter)
+    return hidden, other_matrices, vectors
+
+
+def has_fused_adamw(device: torch.device) -> bool:
+    """Return True if torch has its fused AdamW kernel for this device."""
+    parameter = nn.Parameter(torch.zeros(1, device=device))
+    parameter.grad = torch.zeros_like(parameter)
+    try:
+        AdamW([parameter], fused=True).step()
+    except RuntimeError:
+        return False
+    return True
+
+
+class Muon(Optimizer):
+    """
+    Muon and AdamW in one optimizer, with a kind for each parameter group.
+
+    Groups of kind `muon` hold matrices. Their momentum is replaced by a matrix of the same singular vectors whose
+    singular values are all near 1 (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon), times
+    0.2 sqrt(max(rows, columns)), which gives an update the root mean square of AdamW's (Liu et al. 2025, "Muon is
+    Scalable for LLM Training", section 2.2), so that one learning rate and one weight decay serve both kinds. Groups
+    of kind `adamw` are updated by torch's own AdamW.
+
+    Where there are several processes, all of them step together, and each orthogonalises a share of the matrices
+    (`orthogonalization.orthogonalize_together`). Parameters are the same on all processes or sharded by FSDP2.
+
+    Args:
+        groups: each with `params`, `kind` and `weight_decay`.
+        betas, eps, fused: AdamW's.
+        momentum: Muon's Nesterov momentum.
+        dtype: in which matrices are orthogonalised: bf16 where the device multiplies it in hardware, else fp32.
+    """
+
+    def __init__(
+        self,
+        groups: Iterable[dict[str, Any]],
+        lr: float,
+        betas: tuple[float, float] = ADAM_BETAS,
+        eps: float = ADAM_EPSILON,
+        momentum: float = MUON_MOMENTUM,
+        fused: bool = False,
+        dtype: torch.dtype = torch.float32,
+    ):
+        self.dtype = dtype
+        # By this name torch's load_state_dict knows that AdamW's steps belong on the device of the parameters.
+        super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "momentum": momentum, "fused": fused})
+        for group in self.param_groups:
+            if group["kind"] == "muon" and any(parameter.ndim != 2 for parameter in group["params"]):
+                raise ValueError("a group of kind 'muon' takes matrices alone")
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            gradients = [parameter.grad for parameter in parameters]
+            if parameters and group["kind"] == "muon":
+                self._step_muon(parameters, gradients, group)
+            elif parameters:
+                self._step_adamw(parameters, gradients, group)
+        return loss
+
+    def _step_muon(self, parameters: list[Tensor], gradients: list[Tensor], group: dict[str, Any]) -> None:
+        momentums = []
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            buffer = self._state(parameter, "momentum_buffer")
+            buffer.lerp_(gradient, 1 - group["momentum"])
+            momentums.append(gradient.lerp(buffer, group["momentum"]).to(self.dtype))  # Nesterov's
+        updates = orthogonalize_together(momentums)
+        for parameter, update in zip(parameters, updates, strict=True):
+            size = 0.2 * max(parameter.shape) ** 0.5
+            weights = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            weights.mul_(1 - group["lr"] * group["weight_decay"])
+            weights.add_(update, alpha=-group["lr"] * size)
+
+    def _step_adamw(self, parameters: list[Tensor], gradients: list[Tensor], group: dict[str, Any]) -> None:
+        for parameter in parameters:
+            if "step" not in self.state[parameter]:
+                self.state[parameter]["step"] = torch.zeros((), device=parameter.device if group["fused"] else "cpu")
+        beta1, beta2 = group["betas"]
+        adamw(
+            parameters,
+            gradients,
+            [self._state(parameter, "exp_avg") for parameter in parameters],
+            [self._state(parameter, "exp_avg_sq") for parameter in parameters],
+            [],
+            [self.state[parameter]["step"] for parameter in parameters],
+            fused=group["fused"],
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+
+    def _state(self, parameter: Tensor, name: str) -> Tensor:
+        """Return a tensor of the optimizer's state with the parameter's shape and sharding, zeros at first."""
+        state = self.state[parameter]
+        if name not in state:
+            state[name] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+        return state[name]

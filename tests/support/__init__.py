@@ -1,0 +1,1 @@
+"""Helpers of the tests: processes, a Hub on loopback, tiny models, faults."""
