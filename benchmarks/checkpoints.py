@@ -37,7 +37,7 @@ from modeling_gpt2scratch import GPT2ScratchConfig
 from pretraining import hardware
 from pretraining.checkpoints.checkpoint import CheckpointWriter, load_checkpoint
 from pretraining.checkpoints.folders import checkpoint_folder, verify
-from pretraining.checkpoints.state import LoopState, Position
+from pretraining.checkpoints.state import Position
 from pretraining.cli import flag, parse_arguments, run_script
 from pretraining.distributed.processes import open_accelerator, open_state
 from pretraining.files import sha256_of
@@ -100,9 +100,9 @@ def measure(args: BenchmarkArguments, output_dir: Path) -> tuple[dict[str, list[
     with CheckpointWriter(accelerator, output_dir, model, optimizer, save_total_limit=2) as writer:
         for number in range(1, args.rounds + 1):
             usual = statistics.median(timed("step", step) for _ in range(5))
-            position = Position(number, 0.0, False, {}, {"recent": []}, [None])
-            state = LoopState(position, hardware.generator_states(accelerator.device))
-            timed("stall", partial(writer.save, state))
+            generators = hardware.generator_states(accelerator.device)
+            position = Position(number, 0.0, False, {}, {"recent": []}, [None], generators)
+            timed("stall", partial(writer.save, position))
             started, steps = time.perf_counter(), 0
             while writer.is_writing():
                 step()

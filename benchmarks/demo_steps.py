@@ -29,7 +29,7 @@ from pretraining.records.run_files import TRAINING_ARGS
 from pretraining.training.flags import TrainArguments
 from pretraining.training.model import attention_on, build_model, load_config
 from pretraining.training.optimizer import build_optimizer
-from pretraining.training.step import train_step
+from train_accelerate import train_step
 
 MINUTES = 8
 FEWEST = 250  # docs/experiments.md: 250 steps end at 1.46 bits per byte, xz needs 1.57

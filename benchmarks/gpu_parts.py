@@ -22,7 +22,7 @@ from modeling_gpt2scratch import GPT2ScratchConfig, GPT2ScratchForCausalLM
 from pretraining.errors import counted
 from pretraining.markdown import table
 from pretraining.training.optimizer import Optim
-from pretraining.training.step import train_step
+from train_accelerate import train_step
 
 PEERS = (steps.NANOGPT, steps.STOCK)
 

@@ -41,7 +41,7 @@ from pretraining.markdown import table
 from pretraining.precision import muon_dtype
 from pretraining.training.model import attention_on, build_model
 from pretraining.training.optimizer import ADAM_BETAS, Optim, build_optimizer, has_fused_adamw
-from pretraining.training.step import train_step
+from train_accelerate import train_step
 
 Shape = dict[str, Any]  # of a model: arguments of its config
 SHAPES: dict[str, Shape] = {

@@ -15,7 +15,7 @@ from benchmarks import synthetic
 from pretraining.distributed.processes import open_accelerator, open_state
 from pretraining.precision import choose_precision, muon_dtype
 from pretraining.training.optimizer import build_optimizer
-from pretraining.training.step import train_step
+from train_accelerate import train_step
 
 pytestmark = [
     pytest.mark.gpu,

@@ -35,7 +35,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import Optimizer
 
 from pretraining.checkpoints.folders import checkpoint_folder, commit, mark_best, rotate
-from pretraining.checkpoints.state import LoopState, Position
+from pretraining.checkpoints.state import Position
 from pretraining.distributed.processes import on_main_process
 from pretraining.errors import UserError, one_line
 from pretraining.files import INCOMPLETE
@@ -98,7 +98,7 @@ class CheckpointWriter:
     def __exit__(self, *exception: object) -> None:
         self._thread.shutdown()
 
-    def save(self, state: LoopState) -> None:
+    def save(self, position: Position) -> None:
         """
         Begin to write `checkpoint-<step>`, once the one before it is written. All processes have to call this.
 
@@ -113,8 +113,8 @@ class CheckpointWriter:
         }
         if self.accelerator.scaler is not None:
             optimizer_state["scaler"] = self.accelerator.scaler.state_dict()
-        generators = gather_object([state.generators])
-        position = replace(state.position, streams=gather_object(state.position.streams))
+        generators = gather_object([position.generators])
+        position = replace(position, streams=gather_object(position.streams))
         if self.accelerator.is_main_process:
             if self.accelerator.device.type == "cpu":  # from a GPU they are copies already
                 weights, optimizer_state = _copied(weights), _copied(optimizer_state)

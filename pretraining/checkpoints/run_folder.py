@@ -8,9 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
+from torch import nn
+from torch.optim import Optimizer
 
-from pretraining.checkpoints.folders import checkpoint_to_resume, checkpoints, remove_litter
+from pretraining.checkpoints.checkpoint import load_checkpoint
+from pretraining.checkpoints.folders import checkpoint_to_resume, checkpoints, remove_litter, set_aside_later
 from pretraining.checkpoints.identity import differences
 from pretraining.checkpoints.state import Position
 from pretraining.distributed.processes import on_main_process
@@ -20,7 +23,7 @@ from pretraining.records.run_files import IDENTITY, TRAINING_ARGS, WEIGHTS
 
 
 @dataclass(frozen=True)
-class Opened:
+class ResumePlan:
     """
     Attributes:
         is_finished: the run there has come to its end.
@@ -36,7 +39,7 @@ class Opened:
 @contextlib.contextmanager
 def open_run_folder(
     output_dir: Path, arguments: dict, identity: dict, defaults: dict, state: PartialState
-) -> Iterator[Opened]:
+) -> Iterator[ResumePlan]:
     """
     Make the run folder, or check that the run there is the one to go on with. A new run's training_args.yaml is
     written here, that of one that goes on by `write_arguments`, when its checkpoint has been loaded.
@@ -51,7 +54,7 @@ def open_run_folder(
     """
     with contextlib.ExitStack() as stack:
 
-        def work() -> Opened:
+        def work() -> ResumePlan:
             _check_kind(output_dir)
             is_new = not output_dir.exists()
             try:
@@ -92,7 +95,7 @@ def _check_kind(output_dir: Path) -> None:
         raise UserError(f"--output_dir {output_dir} exists and is not a run folder: choose another")
 
 
-def _open(output_dir: Path, arguments: dict, identity: dict, defaults: dict) -> Opened:
+def _open(output_dir: Path, arguments: dict, identity: dict, defaults: dict) -> ResumePlan:
     resume, has_run = arguments["resume_from_checkpoint"], bool(checkpoints(output_dir))
     finished = is_finished(output_dir)
     if resume == "none" and (has_run or finished):
@@ -101,7 +104,7 @@ def _open(output_dir: Path, arguments: dict, identity: dict, defaults: dict) -> 
         )
     if finished:
         _check_finished(output_dir, identity, defaults)
-        return Opened(is_finished=True)
+        return ResumePlan(is_finished=True)
     if has_run and resume != "auto" and not Path(resume).resolve().is_relative_to(output_dir.resolve()):
         if _read_arguments(output_dir).get("resume_from_checkpoint") != resume:
             raise UserError(
@@ -113,10 +116,10 @@ def _open(output_dir: Path, arguments: dict, identity: dict, defaults: dict) -> 
     folder, damages = checkpoint_to_resume(output_dir, resume)
     if folder is None:
         write_arguments(output_dir, arguments, identity)
-        return Opened(messages=messages)
+        return ResumePlan(messages=messages)
     messages += [f"passed over: {damage}" for damage in damages]
     _check_position(folder, arguments["allow_changes"], identity, defaults)
-    return Opened(checkpoint=folder, messages=messages)
+    return ResumePlan(checkpoint=folder, messages=messages)
 
 
 def _read_arguments(output_dir: Path) -> dict:
@@ -145,3 +148,30 @@ def _check_position(folder: Path, allow_changes: list[str], identity: dict, defa
         raise UserError(f"{folder} has --max_steps {max_steps} behind it: nothing is left to train")
     if problems := differences(position.identity, identity, allow_changes, defaults):
         raise UserError(*(f"{folder} is of {problem}" for problem in problems))
+
+
+def resume(
+    checkpoint: Path,
+    output_dir: Path,
+    arguments: dict,
+    identity: dict,
+    model: nn.Module,
+    optimizer: Optimizer,
+    accelerator: Accelerator,
+) -> Position:
+    """
+    Restore model, optimizer and random generators from a checkpoint, and make the run folder one that continues there.
+
+    Args:
+        model, optimizer: as `accelerator.prepare` returned them.
+
+    Returns:
+        The position of this process.
+    """
+    position = load_checkpoint(accelerator, checkpoint, model, optimizer)
+    accelerator.print(f"continuing from {checkpoint}")
+    if accelerator.is_main_process:
+        write_arguments(output_dir, arguments, identity)
+        for folder in set_aside_later(output_dir, position.step):
+            print(f"set aside, as this run goes on from an earlier step: {folder}")
+    return position

@@ -1,10 +1,10 @@
 """
 position.json of a checkpoint: where a run stood between two steps, but for weights, optimizers and random generators.
-Its keys are the attributes of `Position`, beside `format_version`, which is that of the whole checkpoint.
+Its keys are the attributes of `Position` but for the generators, and `format_version`, that of the whole checkpoint.
 """
 
 import json
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
@@ -25,9 +25,10 @@ class Position:
         elapsed_seconds: that all starts of the program together took for them.
         is_due: the evaluations that `step` asks for are still to be done, as a signal came in between.
         identity: of the run, see `identity.identity`.
-        anomalies: see `Anomalies.state`.
+        anomalies: see `BadSteps.state`.
         streams: where the stream of each process stood, None for packed rows, whose order is a function of the step.
             A process by itself knows its own alone.
+        generators: states of this process's random generators, which rng.pt holds, and position.json does not.
     """
 
     step: int
@@ -36,9 +37,10 @@ class Position:
     identity: dict
     anomalies: dict
     streams: list[dict | None]
+    generators: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
-        content = {"format_version": FORMAT_VERSION, **asdict(self)}
+        content = {"format_version": FORMAT_VERSION, **{name: getattr(self, name) for name in KEYS}}
         write_text(folder / POSITION_FILE, json.dumps(content, indent=2) + "\n")
 
     @classmethod
@@ -51,7 +53,7 @@ class Position:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             version = content.get("format_version", 1)
-            position = cls(**{field.name: content.get(field.name) for field in fields(cls)})
+            position = cls(**{name: content.get(name) for name in KEYS})
             is_sound = position._is_sound()
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             pass
@@ -78,15 +80,4 @@ class Position:
         return replace(self, streams=[self.streams[index % len(self.streams)]])
 
 
-@dataclass(frozen=True)
-class LoopState:
-    """
-    Where a process stands between two steps, but for weights and optimizer.
-
-    Attributes:
-        position: with the stream of this process.
-        generators: states of the random generators.
-    """
-
-    position: Position
-    generators: dict[str, torch.Tensor]
+KEYS = [each.name for each in fields(Position) if each.name != "generators"]  # of position.json

@@ -22,6 +22,7 @@ from pretraining.hub import LICENSE
 from pretraining.markdown import table
 from pretraining.publishing.usage import example_prompt, usage
 from pretraining.records.metrics import read_metrics
+from pretraining.records.progress import duration
 from pretraining.records.run_files import HELLASWAG_PLOT, LOSS_PLOT
 from pretraining.training.flags import TrainArguments
 
@@ -180,13 +181,6 @@ def hellaswag_results(summary: dict, source: str, split: str | None) -> list[Eva
         )
         for metric, name in names.items()
     ]
-
-
-def duration(hours: float) -> str:
-    """`42 seconds`, `3.4 minutes` or `17.2 hours`."""
-    if hours < 2:
-        return f"{hours * 60:.1f} minutes" if hours * 60 >= 2 else f"{hours * 3600:.0f} seconds"
-    return f"{hours:.1f} hours"
 
 
 def _validation_results(record: RunRecord) -> list[EvalResult]:

@@ -1,4 +1,4 @@
-"""A run on the Hub: its repository, its checkpoints while it trains, and its model at the end."""
+"""The final model of a run, and the run on the Hub: its repository, its checkpoints, and its model at the end."""
 
 import contextlib
 import os
@@ -8,16 +8,22 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
+from huggingface_hub import ModelCard
+from torch import nn
 
-from pretraining.checkpoints.folders import HUB, step_of
+from pretraining.checkpoints.checkpoint import full_weights
+from pretraining.checkpoints.folders import BEST, HUB, best_checkpoint, step_of
 from pretraining.checkpoints.state import Position
+from pretraining.data.training_data import TrainingData
 from pretraining.distributed.processes import on_main_process
 from pretraining.errors import UserError, one_line
 from pretraining.files import INCOMPLETE
 from pretraining.hub import LICENSE, HubRefusal, create_repository
+from pretraining.publishing.export import export
 from pretraining.publishing.model_card import title_of
 from pretraining.publishing.push import published, push
+from pretraining.records.metrics import read_metrics
 from pretraining.records.run_files import PLOTS, WEIGHTS
 from pretraining.training.flags import TrainArguments
 
@@ -42,6 +48,24 @@ def open_repository(args: TrainArguments, state: PartialState) -> str:
             return name
 
     return on_main_process(state, work)
+
+
+def write_final_model(
+    accelerator: Accelerator, model: nn.Module, data: TrainingData, card: Callable[[], ModelCard], output_dir: Path
+) -> None:
+    """Write the final model and its card, and print how good it is."""
+    state_dict = full_weights(accelerator, model)  # on all processes: each may hold a part
+    if not accelerator.is_main_process:
+        return
+    unwrapped = accelerator.unwrap_model(model, keep_torch_compile=False)
+    export(unwrapped, data.tokenizer, card(), output_dir, state_dict)
+    evaluation = [line for line in read_metrics(output_dir) if "eval_loss" in line][-1]
+    yardsticks = "".join(f", {name} {rate:.3f}" for name, rate in data.validation.compression_rates.items())
+    bits_per_byte = evaluation["eval_bits_per_byte"]
+    print(f"{output_dir}: {bits_per_byte:.3f} bits per byte of the validation text{yardsticks}")
+    best = best_checkpoint(output_dir)
+    if best and best[1] < evaluation["eval_loss"]:
+        print(f"{best[0]} ({BEST}) has a lower eval_loss than the final model: {best[1]:.4f}")
 
 
 def publish_run(args: TrainArguments, repo_id: str) -> None:

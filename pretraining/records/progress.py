@@ -1,13 +1,18 @@
-"""A run: its step and its clock."""
+"""How far a run is: its step and its clock."""
 
 import time
 from dataclasses import dataclass
 
+from accelerate import Accelerator
+from transformers import PreTrainedConfig
+
+from pretraining import hardware
+
 
 @dataclass
-class Run:
+class Progress:
     """
-    Where a run stands.
+    How far a run is.
 
     Attributes:
         tokens_per_step: of all processes together.
@@ -22,6 +27,23 @@ class Run:
     peak_flops: float | None
     step: int = 0
     elapsed_before: float = 0.0
+
+    @classmethod
+    def of(
+        cls,
+        config: PreTrainedConfig,
+        tokens_per_step: int,
+        num_parameters: int,
+        block_size: int,
+        accelerator: Accelerator,
+    ) -> "Progress":
+        """Return the progress of a run at its beginning."""
+        peak_flops = hardware.peak_flops(accelerator.device)
+        return cls(
+            tokens_per_step=tokens_per_step,
+            flops_per_token=hardware.flops_per_token(num_parameters, config.n_layer, config.n_embd, block_size),
+            peak_flops=peak_flops and peak_flops * accelerator.num_processes,
+        )
 
     def __post_init__(self):
         self._started = time.perf_counter()
@@ -51,3 +73,10 @@ class Run:
         if self.peak_flops:
             speed["mfu"] = round(tokens_per_second * self.flops_per_token / self.peak_flops, 4)
         return speed
+
+
+def duration(hours: float) -> str:
+    """`42 seconds`, `3.4 minutes` or `17.2 hours`."""
+    if hours < 2:
+        return f"{hours * 60:.1f} minutes" if hours * 60 >= 2 else f"{hours * 3600:.0f} seconds"
+    return f"{hours:.1f} hours"

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from pretraining.errors import one_line
 from pretraining.files import write_text
 from pretraining.records.metrics import CLOCK, append_line, finite, read_metrics, truncate
-from pretraining.records.progress import Run
+from pretraining.records.progress import Progress
 from pretraining.records.run_files import EVENTS, METRICS, UNSENT
 
 PROJECT = "gpt2scratch"
@@ -82,22 +82,22 @@ class RunLog:
                 file=sys.stderr,
             )
 
-    def metrics(self, run: Run, values: dict[str, float]) -> None:
+    def metrics(self, progress: Progress, values: dict[str, float]) -> None:
         """Append a line to metrics.jsonl and send it to the trackers."""
         if not self.is_main:
             return
-        clock = dict(zip(CLOCK, (run.step, run.tokens, round(run.elapsed_seconds, 3)), strict=True))
+        clock = dict(zip(CLOCK, (progress.step, progress.tokens, round(progress.elapsed_seconds, 3)), strict=True))
         append_line(self.output_dir / METRICS, clock | {key: finite(value) for key, value in values.items()})
         for name, tracker in list(self.trackers.items()):
-            if not self.attempt(name, partial(tracker.log, values, step=run.step)):
-                self._note_unsent(name, run.step - 1)
+            if not self.attempt(name, partial(tracker.log, values, step=progress.step)):
+                self._note_unsent(name, progress.step - 1)
 
     def event(self, event: dict) -> None:
         """Append a line to events.jsonl."""
         if self.is_main:
             append_line(self.output_dir / EVENTS, event)
 
-    def progress(self, step: int, **postfix: str) -> None:
+    def show_progress(self, step: int, **postfix: str) -> None:
         self.bar.update(step - self.bar.n)
         if postfix:
             self.bar.set_postfix(postfix, refresh=False)

@@ -6,10 +6,15 @@ from textwrap import shorten
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from accelerate.utils import gather_object
+from torch import nn
+from torch.optim import Optimizer
 
+from pretraining.data.model_inputs import num_targets
 from pretraining.data.row_order import StepSplit
 from pretraining.data.training_data import TrainingData
+from pretraining.distributed.processes import is_sharded
 from pretraining.records.metrics import finite
 from pretraining.training.step import StepResult
 
@@ -17,14 +22,15 @@ from pretraining.training.step import StepResult
 # losses, once there are half as many.
 WINDOW = 128
 DEVIATIONS = 6.0
+SHOWN_TOKENS, SHOWN_ROWS = 32, 8
 
 FINE, NOT_FINITE, SPIKE = "fine", "not_finite", "loss_spike"
 
 
 @dataclass
-class Anomalies:
+class BadSteps:
     """
-    Judges steps, on each process alike, from what all of them know.
+    Find steps that go wrong, on each process alike, from what all of them know.
 
     Args:
         skip_loss_spikes: a spike's update is not applied.
@@ -37,7 +43,7 @@ class Anomalies:
         deviations: how many standard deviations its loss was above the mean of those before it.
     """
 
-    skip_loss_spikes: bool
+    skip_loss_spikes: bool = False
     has_scaler: bool = False
     recent: list[float] = field(default_factory=list)
     in_a_row: int = 0
@@ -45,7 +51,7 @@ class Anomalies:
     deviations: float = 0.0
 
     def judge(self, result: StepResult) -> bool:
-        """Judge a step. Whether its update is to be applied."""
+        """Judge a step. Return True if its update is to be applied."""
         self.verdict, self.deviations = FINE, 0.0
         if not math.isfinite(result.loss) or not (self.has_scaler or math.isfinite(result.grad_norm)):
             self.verdict = NOT_FINITE
@@ -68,14 +74,40 @@ class Anomalies:
         self.recent = state["recent"]
 
 
-SHOWN_TOKENS, SHOWN_ROWS = 32, 8
+def suspect_micro_batches(
+    result: StepResult,
+    model: nn.Module,
+    optimizer: Optimizer,
+    micro_batches: list[dict],
+    accelerator: Accelerator,
+) -> list[int]:
+    """
+    Return the micro-batches of this process that may have made a result that is not finite: those whose own loss is
+    not, or, if there is none on any process, those whose own gradients are not, which are computed once more. Return
+    all of them where no process has whole gradients.
+    """
+    if not math.isfinite(result.loss):
+        losses = result.losses[accelerator.process_index]
+        return [index for index, loss in enumerate(losses) if not math.isfinite(loss)]
+    if is_sharded(accelerator):
+        return list(range(len(micro_batches)))
+    num_labels = sum(num_targets(inputs["labels"]) for inputs in micro_batches)
+    found = []
+    for index, inputs in enumerate(micro_batches):
+        with accelerator.no_sync(model):
+            accelerator.backward(model(**inputs, num_items_in_batch=num_labels, use_cache=False).loss)
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        if not all(gradient.isfinite().all() for gradient in gradients):
+            found.append(index)
+        optimizer.zero_grad()
+    return found
 
 
-def describe(
+def describe_bad_step(
     step: int,
     result: StepResult,
-    anomalies: Anomalies,
-    to_blame: list[int],
+    bad_steps: BadSteps,
+    suspects: list[int],
     rows: list[torch.Tensor],
     data: TrainingData,
     split: StepSplit,
@@ -86,7 +118,7 @@ def describe(
 
     Args:
         step: counted from 1.
-        to_blame: numbers of micro-batches of this process.
+        suspects: numbers of micro-batches of this process.
         rows: its micro-batches.
     """
     losses = result.losses[split.process_index]
@@ -98,22 +130,22 @@ def describe(
             "rows": data.row_numbers(split, seed, step - 1, index),
             "texts": [shorten(text, 80) for text in data.tokenizer.batch_decode(rows[index][:, :SHOWN_TOKENS])],
         }
-        for index in to_blame
+        for index in suspects
     ]
-    is_left_out = anomalies.verdict == NOT_FINITE or anomalies.skip_loss_spikes
+    is_left_out = bad_steps.verdict == NOT_FINITE or bad_steps.skip_loss_spikes
     return {
         "step": step,
-        "event": anomalies.verdict,
+        "event": bad_steps.verdict,
         "loss": finite(result.loss),
         "grad_norm": finite(result.grad_norm),
-        "deviations": round(anomalies.deviations, 2),
+        "deviations": round(bad_steps.deviations, 2),
         "update": "left out" if is_left_out else "applied",
         "micro_batches": [each for described in gather_object([mine]) for each in described],
     }
 
 
-def sentence(event: dict) -> str:
-    """An event in a sentence."""
+def format_event(event: dict) -> str:
+    """Return an event as a sentence."""
     if event["event"] != NOT_FINITE:
         what = (
             f"loss {event['loss']:.4f}, {event['deviations']} standard deviations above that of {WINDOW} steps before"

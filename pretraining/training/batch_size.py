@@ -1,7 +1,7 @@
 """Whether a micro-batch fits into memory, found out before the first step."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from accelerate import Accelerator
@@ -9,31 +9,28 @@ from accelerate.utils import gather_object
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import nn
 
-from pretraining.data.model_inputs import ModelInputs
 from pretraining.data.row_order import StepSplit
 from pretraining.distributed.processes import is_sharded
-from pretraining.errors import UserError
+from pretraining.errors import ProcessError, UserError
+from pretraining.records.progress import Progress
 from pretraining.training.flags import TrainArguments
+from pretraining.training.setup import Setup
 
 
-def fit_into_memory(
-    args: TrainArguments,
-    accelerator: Accelerator,
-    model: nn.Module,
-    model_inputs: ModelInputs,
-    block_size: int,
-    split: StepSplit,
-) -> StepSplit:
+def fit_into_memory(setup: Setup, model: nn.Module) -> StepSplit:
     """
-    The split, or with --auto_batch_size one of smaller micro-batches that fit into memory, the global batch the same.
+    Return the split, or with --auto_batch_size one of smaller micro-batches that fit into memory, of the same global
+    batch.
 
     Raises:
         UserError: if the micro-batches do not fit, with the size of ones that do.
     """
 
+    args, accelerator, split = setup.args, setup.accelerator, setup.split
+
     def try_batch(batch_size: int) -> None:
-        rows = torch.zeros(batch_size, block_size, dtype=torch.int32)
-        try_micro_batch(model, model_inputs(rows), accelerator)
+        rows = torch.zeros(batch_size, setup.data.block_size, dtype=torch.int32)
+        try_micro_batch(model, setup.model_inputs(rows), accelerator)
 
     batch_size = fitting_batch_size(try_batch, split.batch_size)
     if batch_size == split.batch_size:
@@ -56,6 +53,25 @@ def flags_for(args: TrainArguments, split: StepSplit, batch_size: int) -> str:
     flags = f"--per_device_train_batch_size {batch_size}"
     # Of --tokens_per_step it is worked out, and may not be given.
     return flags if args.tokens_per_step else f"{flags} with --gradient_accumulation_steps {accumulation}"
+
+
+@contextlib.contextmanager
+def out_of_memory_explained(args: TrainArguments, split: StepSplit, progress: Progress) -> Iterator[None]:
+    """
+    Explain what takes less memory where it runs out.
+
+    Raises:
+        ProcessError: instead of the error of the device.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not should_reduce_batch_size(error):
+            raise
+        less = "--gradient_checkpointing"
+        if split.batch_size % 2 == 0:
+            less = f"{flags_for(args, split, split.batch_size // 2)}, or {less}"
+        raise ProcessError(f"out of memory in step {progress.step + 1}: try {less}") from error
 
 
 def try_micro_batch(model: nn.Module, inputs: dict, accelerator: Accelerator) -> None:

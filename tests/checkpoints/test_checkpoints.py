@@ -36,7 +36,7 @@ from pretraining.checkpoints import state
 from pretraining.checkpoints.checkpoint import CheckpointWriter, full_weights, load_checkpoint
 from pretraining.checkpoints.folders import checkpoint_to_resume, commit, complete_checkpoints, verify
 from pretraining.checkpoints.identity import differences
-from pretraining.checkpoints.state import LoopState, Position
+from pretraining.checkpoints.state import Position
 from pretraining.distributed.signals import STOPPED
 from pretraining.errors import UserError
 from pretraining.hardware import generator_states
@@ -532,9 +532,7 @@ def test_the_state_of_torchs_muon_beside_adamw_is_taken_over(tmp_path):
     settings = [{**group, "params": None, "betas": [*group["betas"]]} for group in optimizer.param_groups]
     with CheckpointWriter(accelerator, tmp_path, old, optimizer, save_total_limit=1) as writer:
         writer.optimizer = both  # torch's functions take several
-        writer.save(
-            LoopState(Position(1, 0.5, False, {}, {"recent": []}, [None]), generator_states(accelerator.device))
-        )
+        writer.save(Position(1, 0.5, False, {}, {"recent": []}, [None], generator_states(accelerator.device)))
         writer.wait()
     load_checkpoint(accelerator, tmp_path / "checkpoint-000001", new, optimizer)
     names = dict(new.named_parameters())
@@ -560,7 +558,7 @@ def test_the_thread_that_writes_has_one_core_and_leaves_training_its_own(tmp_pat
     while_writing = []
     saved = functools.partial(CheckpointWriter, on_saved=lambda *_: while_writing.append(torch.get_num_threads()))
     with saved(Accelerator(cpu=True), tmp_path, model, optimizer, save_total_limit=1) as writer:
-        writer.save(LoopState(Position(1, 0.5, False, {}, {"recent": []}, [None]), {}))
+        writer.save(Position(1, 0.5, False, {}, {"recent": []}, [None]))
         writer.wait()
     assert while_writing == [1]
     assert torch.get_num_threads() == num_threads

@@ -18,6 +18,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
+from accelerate import Accelerator
 from conftest import REPOSITORY, TINY, metrics, script, succeed
 from safetensors.torch import load_file
 from support.faults import (
@@ -41,7 +42,6 @@ from pretraining.distributed import signals
 from pretraining.distributed.signals import STOPPED
 from pretraining.training.batch_size import fitting_batch_size, flags_for
 from pretraining.training.flags import TrainArguments
-from pretraining.training.step import _backward
 
 # Rows 1, 3: signals, and going on to the same end
 
@@ -345,7 +345,7 @@ def fail() -> None:
 def test_a_process_that_dies_or_stalls_is_named_by_the_others(num_processes, victim, action, data_dir, tmp_path):
     arguments = flags(data_dir, tmp_path / "run", "--max_steps", 100_000, "--ddp_timeout", 8)
     started = time.monotonic()
-    fault = functools.partial(on_call, _backward, 10, action)
+    fault = functools.partial(on_call, Accelerator.accumulate, 10, action)
     processes = start_ranks(num_processes, "train_accelerate.py", *arguments, faults={victim: fault})
     others = [process for rank, process in enumerate(processes) if rank != victim]
     try:

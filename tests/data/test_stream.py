@@ -22,7 +22,8 @@ from pretraining.data.streaming import RowStream, open_streams
 from pretraining.data.validation_split import is_for_validation
 from pretraining.errors import UserError
 from pretraining.tokenization.tokenizer import load_tokenizer, train_tokenizer
-from train_accelerate import TrainArguments, open_data
+from pretraining.training.flags import TrainArguments
+from pretraining.training.setup import open_data
 
 BLOCK_SIZE = 32
 

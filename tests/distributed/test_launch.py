@@ -6,7 +6,7 @@ import pytest
 from conftest import REPOSITORY, run
 
 from pretraining.cli import parse_arguments
-from train_accelerate import TrainArguments
+from pretraining.training.flags import TrainArguments
 
 # accelerate and torchrun as they are, on a machine that says it has GPUs, up to the moment of starting processes.
 LAUNCH_ON_GPUS = """

@@ -8,10 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from conftest import TINY, metrics
 from safetensors.torch import load_file
-
-from pretraining.training.step import _backward
 
 DROPOUT = TINY + ",resid_pdrop=0.1,embd_pdrop=0.1,attn_pdrop=0.1"
 BATCH, ACCUMULATION = 4, 2  # of 8 rows a step and process
@@ -62,7 +61,10 @@ def assert_equal_states(state: object, expected: object) -> None:
 
 
 def on_call(function: Callable, number: int, action: Callable[[], object]) -> None:
-    """Have `action` happen at a call of a function by its module or by what imports it later, counted from 1."""
+    """
+    Have `action` happen at a call of a method, or of a function by its module or by what imports it later, counted
+    from 1.
+    """
     calls = 0
 
     @functools.wraps(function)
@@ -73,7 +75,10 @@ def on_call(function: Callable, number: int, action: Callable[[], object]) -> No
             action()
         return function(*arguments, **keywords)
 
-    setattr(sys.modules[function.__module__], function.__name__, counting)
+    owner = sys.modules[function.__module__]
+    for name in function.__qualname__.split(".")[:-1]:
+        owner = getattr(owner, name)
+    setattr(owner, function.__name__, counting)
 
 
 def kill_oneself(number: int) -> None:
@@ -83,4 +88,4 @@ def kill_oneself(number: int) -> None:
 def signal_in(step: int, micro_step: int, number: int) -> functools.partial:
     """A signal that a process sends itself before a micro-batch of a step."""
     call = (step - 1) * ACCUMULATION + micro_step + 1
-    return functools.partial(on_call, _backward, call, functools.partial(kill_oneself, number))
+    return functools.partial(on_call, Accelerator.accumulate, call, functools.partial(kill_oneself, number))

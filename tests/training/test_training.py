@@ -356,8 +356,9 @@ import torch
 from accelerate import PartialState
 from support.tiny_models import random_ids, tiny_model
 from pretraining.distributed.processes import open_accelerator
+from pretraining.training.bad_steps import BadSteps
 from pretraining.training.optimizer import build_optimizer
-from pretraining.training.step import train_step
+from train_accelerate import train_step
 
 accelerator = open_accelerator(PartialState(cpu=True), 1, torch_compile=False, mixed_precision="fp16")
 model = tiny_model().train()
@@ -366,7 +367,8 @@ accelerator.scaler.scale(torch.ones(1))  # which makes it
 accelerator.scaler.update(2.0**40)  # a loss times so much is infinite in fp16
 before = [parameter.clone() for parameter in model.parameters()]
 ids = random_ids(2, 16)
-result = train_step(model, optimizer, [{"input_ids": ids, "labels": ids}], accelerator, 1.0, judge=lambda result: True)
+bad_steps = BadSteps(has_scaler=True)
+result = train_step(model, optimizer, [{"input_ids": ids, "labels": ids}], accelerator, 1.0, bad_steps)
 assert not result.is_finite(), result
 assert all(map(torch.equal, before, model.parameters())) and not optimizer.state
 assert accelerator.scaler.get_scale() == 2.0**39

@@ -1,0 +1,174 @@
+"""What a run opens before its model is built, and the model and optimizer that it trains."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import set_seed
+from torch import nn
+from torch.optim import Optimizer
+from transformers import PreTrainedConfig
+
+from pretraining import hardware
+from pretraining.checkpoints.identity import identity
+from pretraining.data.model_inputs import ModelInputs
+from pretraining.data.row_order import StepSplit, accumulation_steps
+from pretraining.data.training_data import TrainingData, open_packed
+from pretraining.distributed.launcher import told_precision
+from pretraining.distributed.processes import on_every_process, on_main_process, open_accelerator
+from pretraining.evaluation.hellaswag_items import EncodedItem, encode_items, load_hub_items, load_items
+from pretraining.evaluation.hellaswag_scoring import load_metric
+from pretraining.evaluation.samples import encode_prompts
+from pretraining.precision import Precision, choose_precision, muon_dtype
+from pretraining.tokenization.tokenizer import tokenizer_fingerprint
+from pretraining.training.cpu_products import use_fastest_products
+from pretraining.training.flags import TrainArguments
+from pretraining.training.model import attention_on, build_model, check_fit, check_tokenizer, load_config
+from pretraining.training.optimizer import build_optimizer, has_fused_adamw, parameter_groups
+
+
+@dataclass(frozen=True)
+class Setup:
+    """
+    Everything that a run opens before its model is built.
+
+    Attributes:
+        precision: of the accelerator, and why it was chosen.
+        split: how the rows of a step are divided, as the flags ask for.
+        identity: what makes this run this one, see `checkpoints/identity.py`.
+        hellaswag: its items, none if they are not asked for.
+    """
+
+    args: TrainArguments
+    accelerator: Accelerator
+    precision: Precision
+    config: PreTrainedConfig
+    data: TrainingData
+    split: StepSplit
+    identity: dict
+    hellaswag: list[EncodedItem]
+
+    @property
+    def output_dir(self) -> Path:
+        return Path(self.args.output_dir)
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.identity["tokens_per_step"]
+
+    @cached_property
+    def model_inputs(self) -> ModelInputs:
+        document_token_id = self.data.tokenizer.eos_token_id if self.args.document_attention else None
+        return ModelInputs(self.accelerator.device, self.config.vocab_size, document_token_id)
+
+
+def open_setup(args: TrainArguments, state: PartialState) -> Setup:
+    """
+    Open what the flags name.
+
+    Raises:
+        UserError: on all processes, with what does not fit together.
+    """
+    data = open_data(args, state)
+    tokenizer = data.tokenizer
+    config = load_config(
+        args.model_name_or_path, args.config_name, args.config_overrides, len(tokenizer), tokenizer.eos_token_id
+    )
+    check_fit(config, len(tokenizer), data.block_size)
+    if args.model_name_or_path:
+        check_tokenizer(args.model_name_or_path, tokenizer)
+    encode_prompts(tokenizer, args.sample_prompts, config.n_positions)  # now, not after the last step
+    hellaswag = open_hellaswag(args, config, data, state) if args.hellaswag_steps else []
+    split = open_split(args, data.block_size, state)
+    precision = on_main_process(state, lambda: choose_precision(state.device, told_precision()))
+    accelerator = open_accelerator(
+        state, split.gradient_accumulation_steps, args.torch_compile, precision.mixed_precision
+    )
+    run_identity = identity(
+        settings={**args.settings(), "mixed_precision": accelerator.mixed_precision},
+        config=config,
+        tokenizer=tokenizer_fingerprint(tokenizer),
+        data={"name": data.name, "fingerprint": data.fingerprint},
+        binding=data.binding(split),
+        tokens_per_step=split.rows_per_step * data.block_size,
+    )
+    return Setup(args, accelerator, precision, config, data, split, run_identity, hellaswag)
+
+
+def open_data(args: TrainArguments, state: PartialState) -> TrainingData:
+    """Open packed rows, or streams of text."""
+    if args.streaming:
+        from pretraining.data.streaming import open_streams  # with `datasets`, which packed data does without
+
+        tokenizer_name = str(args.tokenizer_name or args.model_name_or_path)
+        sources, percentage = args.sources(), args.validation_split_percentage
+        return on_every_process(lambda: open_streams(sources, tokenizer_name, args.block_size, percentage))
+    return open_packed(args.sources(), args.tokenizer_name, args.block_size, state)
+
+
+def open_hellaswag(
+    args: TrainArguments, config: PreTrainedConfig, data: TrainingData, state: PartialState
+) -> list[EncodedItem]:
+    """Return the items, in the protocol of the published figures that the plot shows beside them."""
+
+    def work() -> list[EncodedItem]:
+        if state.is_main_process:
+            load_metric()  # now, not when there are scores
+        items = load_items(args.hellaswag_file) if args.hellaswag_file else load_hub_items()
+        return encode_items(config, data.tokenizer, items, "completion")
+
+    return on_every_process(work)
+
+
+def open_split(args: TrainArguments, block_size: int, state: PartialState) -> StepSplit:
+    """Divide the rows of a step among processes and micro-batches, as the flags ask for."""
+    batch_size, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps or 1
+    if args.tokens_per_step:
+        accumulation = accumulation_steps(args.tokens_per_step, batch_size, block_size, state.num_processes)
+    return StepSplit(batch_size, accumulation, state.num_processes, state.process_index, args.dataloader_num_workers)
+
+
+def build(setup: Setup) -> tuple[nn.Module, Optimizer, list[int]]:
+    """Return model and optimizer as `accelerator.prepare` returns them, and the parameters of each group."""
+    args, accelerator = setup.args, setup.accelerator
+    device, mixed_precision = accelerator.device, accelerator.mixed_precision
+    set_seed(args.seed)
+    attention = attention_on(device, mixed_precision, args.attn_implementation)
+    model = build_model(setup.config, args.model_name_or_path, attention, args.gradient_checkpointing)
+    # Compiled layers have products of their own.
+    may_replace_products = device.type == "cpu" and mixed_precision == "no" and not args.torch_compile
+    if may_replace_products and (message := use_fastest_products(model, setup.config.n_embd)):
+        accelerator.print(message)
+    num_parameters = [sum(map(torch.numel, group)) for group in parameter_groups(model)]
+    dtype = muon_dtype(device, mixed_precision)
+    optimizer = build_optimizer(model, args.optim, args.learning_rate, args.weight_decay, device, muon_dtype=dtype)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    return model, optimizer, num_parameters
+
+
+def summary(setup: Setup, num_parameters: list[int]) -> str:
+    """
+    Return three lines about what is going to happen, and one for each thing that the device lacks.
+
+    Args:
+        num_parameters: of each of `parameter_groups`.
+    """
+    args, accelerator, data = setup.args, setup.accelerator, setup.data
+    *decayed, rest = num_parameters
+    tokens = args.max_steps * setup.tokens_per_step
+    text = ", ".join(source["name"] for source in data.sources)
+    if data.statistics:
+        text = f"{tokens / data.statistics['tokens']:.2f} epochs of {text}"
+    device = hardware.device_description(accelerator.device, accelerator.num_processes)
+    lines = [
+        f"{sum(num_parameters):,} parameters: {sum(decayed):,} with weight decay, {rest:,} without",
+        f"{args.max_steps:,} steps of {setup.tokens_per_step:,} tokens, {tokens:,} in all: {text}",
+        f"{device}, {setup.precision}",
+    ]
+    if setup.precision.warning:
+        lines.append(f"warning: {setup.precision.warning}")
+    if not has_fused_adamw(accelerator.device):
+        lines.append(f"torch has no fused AdamW for {accelerator.device.type}: AdamW takes several kernels")
+    return "\n".join(lines)
