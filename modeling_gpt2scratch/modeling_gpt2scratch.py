@@ -321,9 +321,18 @@ class GPT2ScratchModel(GPT2ScratchPreTrainedModel):
             )
 
 
+def in_function_transform() -> bool:
+    """
+    Return True within a transform of torch.func, or if torch does not tell. No public function does; a torch without
+    the private one takes the plain paths everywhere.
+    """
+    is_active = getattr(torch._C, "_are_functorch_transforms_active", None)
+    return is_active is None or is_active()
+
+
 def _check_token_ids(ids: torch.Tensor, vocab_size: int) -> None:
     """On a CPU only: on a GPU, to look at the ids is to wait for them."""
-    if ids.device.type != "cpu" or is_tracing(ids) or torch._C._are_functorch_transforms_active():
+    if ids.device.type != "cpu" or is_tracing(ids) or in_function_transform():
         return
     outside = ids[(ids < 0) | (ids >= vocab_size)]
     if len(outside) > 0:
@@ -413,7 +422,7 @@ class GPT2ScratchForCausalLM(GPT2ScratchPreTrainedModel, GenerationMixin):
             and isinstance(logits_to_keep, int)
             and logits_to_keep == 0
             and self.loss_function is ForCausalLMLoss
-            and not torch._C._are_functorch_transforms_active()  # per-sample gradients and the like
+            and not in_function_transform()  # per-sample gradients and the like
             # Any other head than the plain one has to be called: one that is replaced (LoRA, quantisation), sharded
             # (FSDP, tensor parallelism), patched or hooked (offloading), or whose weight is elsewhere at the moment.
             and type(head) is nn.Linear

@@ -6,7 +6,7 @@ from support.tiny_models import random_ids, tiny_model
 from torch.nn.functional import linear
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from modeling_gpt2scratch.one_dnn import OneDnnLinear
+from modeling_gpt2scratch.one_dnn import OneDnnLinear, onednn_linear
 from pretraining.hardware import device_description, peak_flops, reads_pinned_memory
 
 
@@ -58,7 +58,8 @@ def product(with_bias: bool, dtype: torch.dtype = torch.float32) -> tuple[torch.
     arguments = (hidden, weight, bias if with_bias else None)
     expected = linear(*(tensor if tensor is None else tensor.double() for tensor in arguments))
     arguments = tuple(tensor if tensor is None else tensor.to(dtype) for tensor in arguments)
-    with Recorder() as recorder, OneDnnLinear():
+    mode = OneDnnLinear()
+    with Recorder() as recorder, mode:
         found = linear(*arguments[: 2 + with_bias])
     return found, recorder.names, expected.detach()
 
@@ -69,6 +70,39 @@ def test_within_the_mode_onednn_gives_the_same_product(with_bias):
         found, names, expected = product(with_bias)
     assert names == ["mkldnn::_linear_pointwise"]
     assert torch.allclose(found.double(), expected, atol=1e-5)
+
+
+@pytest.fixture
+def forgotten():
+    onednn_linear.cache_clear()
+    yield
+    onednn_linear.cache_clear()
+
+
+def test_a_torch_without_the_operation_or_with_another_one_takes_its_own_products(forgotten, monkeypatch):
+    """The operation is a private one, and the published code has to outlive it."""
+    works = torch.ops.mkldnn._linear_pointwise
+    for broken in (
+        None,  # not there
+        lambda hidden, weight: works(hidden, weight, None, "none", [], ""),  # of another signature
+        lambda *arguments: works(*arguments) + 1,  # of another meaning
+    ):
+        onednn_linear.cache_clear()
+        monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", broken)
+        with torch.no_grad():
+            found, names, expected = product(True)
+        assert "mkldnn::_linear_pointwise" not in names and names
+        assert torch.allclose(found.double(), expected, atol=1e-5)
+
+
+def test_a_torch_that_does_not_tell_of_transforms_trains_the_same(monkeypatch):
+    model, ids = tiny_model().train(), random_ids(2, 8)
+    expected = model(ids, labels=ids)
+    assert expected.logits is None  # the loss by tiles
+    monkeypatch.delattr(torch._C, "_are_functorch_transforms_active")
+    found = model(ids, labels=ids)
+    assert found.logits is not None
+    torch.testing.assert_close(found.loss, expected.loss)
 
 
 @pytest.mark.parametrize("case", ["gradients", "autocast", "float64"])

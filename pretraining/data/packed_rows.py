@@ -11,7 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -40,23 +40,10 @@ class PackedDataset(Dataset):
         self.files = files
         self.statistics = statistics
         self._starts = np.cumsum([0, *map(len, files)])  # the number of each file's first row
-        views = [file.batches for file in files]
-        if len({(view.dtype, view.shape[2]) for view in views}) > 1:
+        types = {(file.batches.dtype, file.batches.shape[2]) for file in files}
+        if len(types) > 1:
             raise UserError("the files have ids of 2 bytes and of 4: one tokenizer's are all of one size")
-        # In memory, a row's address is that of its file, plus so much for each batch and row before it. All are within
-        # one view of all addresses from the lowest on, one token apart: so rows of any files are a single copy in C,
-        # where a loop over 100 files takes ten times as long.
-        addresses = np.array([view.ctypes.data for view in views])
-        sizes = np.array([view.strides[0] * len(view) for view in views])
-        lowest = views[addresses.argmin()]
-        self._row_bytes, self._token_bytes = lowest.strides[1:]
-        self._offsets = addresses - addresses.min()
-        self._batch_rows = np.array([view.shape[1] for view in views])
-        self._batch_bytes = np.array([view.strides[0] for view in views])
-        span = int((self._offsets + sizes).max())
-        self._windows = np.lib.stride_tricks.as_strided(
-            lowest, (span // self._token_bytes, lowest.shape[2]), (self._token_bytes,) * 2, writeable=False
-        )
+        self._dtype, self._block_size = types.pop()
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -68,10 +55,12 @@ class PackedDataset(Dataset):
         rows = np.asarray(indices)
         if rows.min() < 0 or rows.max() >= len(self):
             raise IndexError(f"rows {rows.min()} to {rows.max()} of {len(self)}")
-        file = np.searchsorted(self._starts, rows, side="right") - 1
-        batch, row = np.divmod(rows - self._starts[file], self._batch_rows[file])
-        offset = self._offsets[file] + batch * self._batch_bytes[file] + row * self._row_bytes
-        return torch.from_numpy(self._windows[offset // self._token_bytes])
+        numbers = np.searchsorted(self._starts, rows, side="right") - 1
+        within = rows - self._starts[numbers]
+        found = np.empty((len(rows), self._block_size), self._dtype)
+        for place, (number, row) in enumerate(zip(numbers.tolist(), within.tolist(), strict=True)):
+            found[place] = self.files[number][row]
+        return torch.from_numpy(found)
 
     def __reduce__(self):
         raise TypeError("rows mapped into memory cannot be sent to another process: fork it, or open the files there")
@@ -95,17 +84,28 @@ def concatenate(datasets: list[PackedDataset]) -> PackedDataset:
 
 
 def training_batches(dataset: PackedDataset, order: RowOrder, num_workers: int = 0) -> DataLoader:
-    """Micro-batches (batch_size, block_size), endless. It holds no state that a checkpoint would have to save."""
+    """Return micro-batches (batch_size, block_size), endless. No state of it has to be saved in a checkpoint."""
+    return open_loader(dataset, num_workers, _start_worker, batch_sampler=order)
+
+
+def open_loader(dataset: Dataset, num_workers: int, start_worker: Callable[[int], None], **options: Any) -> DataLoader:
+    """
+    Return a loader of whole micro-batches.
+
+    Args:
+        start_worker: called in each worker process with its number.
+        options: more of `DataLoader`'s.
+    """
     return DataLoader(
         dataset,
-        batch_sampler=order,
         collate_fn=as_it_is,
         num_workers=num_workers,
         multiprocessing_context="fork" if num_workers else None,  # workers share the maps
         pin_memory=reads_pinned_memory(),
-        worker_init_fn=_start_worker,
+        worker_init_fn=start_worker,
         # Without a generator of its own, every iter() would draw a base seed from the global one and change dropout.
         generator=torch.Generator().manual_seed(0),
+        **options,
     )
 
 

@@ -33,6 +33,10 @@ class TokenRows:
     def __len__(self) -> int:
         return self.num_rows
 
+    def __getitem__(self, row: int) -> np.ndarray:
+        """Return a view of one row (block_size,)."""
+        return self.batches[divmod(row, self.batches.shape[1])]
+
 
 def read_data_folder(folder: Path) -> dict:
     """

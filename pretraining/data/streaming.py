@@ -15,11 +15,11 @@ from typing import Any
 import fsspec.asyn
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerBase
 
 from pretraining.data.documents import Corpus, open_texts
-from pretraining.data.packed_rows import PackedDataset, as_it_is
+from pretraining.data.packed_rows import PackedDataset, open_loader
 from pretraining.data.row_order import SourceOrder, StepSplit
 from pretraining.data.shards import TokenRows
 from pretraining.data.sources import Source
@@ -27,7 +27,6 @@ from pretraining.data.training_data import DEFAULT_BLOCK_SIZE, Batches, Training
 from pretraining.data.validation_split import is_for_validation
 from pretraining.distributed.signals import ignore_signals
 from pretraining.errors import ProcessError, UserError, counted
-from pretraining.hardware import reads_pinned_memory
 from pretraining.tokenization.encoding import Encoder
 from pretraining.tokenization.tokenizer import load_tokenizer, token_dtype, tokenizer_fingerprint
 
@@ -193,16 +192,7 @@ class StreamBatches:
         self.taken = position["taken"] if position else 0
         self.positions = position["consumers"] if position else [None] * self.num_consumers
         stream = make_stream(list(self.positions), self.taken % self.num_consumers)
-        loader = DataLoader(
-            stream,
-            batch_size=None,
-            collate_fn=as_it_is,
-            num_workers=num_workers,
-            multiprocessing_context="fork" if num_workers else None,
-            pin_memory=reads_pinned_memory(),
-            worker_init_fn=_after_fork,
-            generator=torch.Generator().manual_seed(0),  # see training_batches
-        )
+        loader = open_loader(stream, num_workers, _after_fork, batch_size=None)
         self.batches = iter(loader)
 
     def __iter__(self) -> "StreamBatches":

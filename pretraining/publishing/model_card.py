@@ -209,13 +209,9 @@ def _validation_results(record: RunRecord) -> list[EvalResult]:
 
 
 def _hellaswag_summary(hellaswag: dict[str, float]) -> dict:
-    """With standard errors of the mean of n items that are 0 or 1: sqrt(p (1 - p) / (n - 1))."""
-    n = hellaswag["hellaswag_n"]
-    summary = {"protocol": "completion", "n": n}
-    for metric in ("acc", "acc_norm"):
-        p = summary[metric] = hellaswag[f"hellaswag_{metric}"]
-        summary[f"{metric}_stderr"] = math.sqrt(p * (1 - p) / (n - 1)) if n > 1 else None
-    return summary
+    """Return what `hellaswag_scoring.summarise` gave, from its line of metrics.jsonl; older lines have no errors."""
+    names = ("n", "acc", "acc_stderr", "acc_norm", "acc_norm_stderr")
+    return {"protocol": "completion"} | {name: hellaswag.get(f"hellaswag_{name}") for name in names}
 
 
 def _hellaswag_entries(record: RunRecord) -> list[EvalResult]:

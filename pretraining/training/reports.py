@@ -89,7 +89,7 @@ class Reports:
         scores = score_on_all_processes(setup.accelerator, self._plain_model(), items, items_at_once)
         if setup.accelerator.is_main_process:
             summary = summarise(items, scores, "completion")
-            values = {f"hellaswag_{key}": summary[key] for key in ("acc", "acc_norm", "n")}
+            values = {f"hellaswag_{key}": value for key, value in summary.items() if isinstance(value, int | float)}
             self.log.metrics(self.progress, values)
             self.log.write(
                 f"step {self.progress.step}: HellaSwag acc {values['hellaswag_acc']:.4f}, "

@@ -119,8 +119,8 @@ def test_hellaswag_in_the_loop_is_what_its_script_says_of_the_model(flags, refer
     scores = score_items(model, encoded, batch_size=3, as_trees=False)
     summary = summarise(encoded, scores, "completion")
     last = [line for line in metrics(reference) if "hellaswag_n" in line][-1]
-    assert {key: last[f"hellaswag_{key}"] for key in ("n", "acc", "acc_norm")} == {
-        key: summary[key] for key in ("n", "acc", "acc_norm")
+    assert {key: last[f"hellaswag_{key}"] for key in ("n", "acc", "acc_stderr", "acc_norm", "acc_norm_stderr")} == {
+        key: summary[key] for key in ("n", "acc", "acc_stderr", "acc_norm", "acc_norm_stderr")
     }
     assert (reference / "plots/hellaswag.png").read_bytes().startswith(b"\x89PNG")
 
