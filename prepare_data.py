@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pretraining.cli import flag, parse_arguments, problems_of_range, run_script
 from pretraining.data.documents import Corpus, embedded_corpus, open_texts
-from pretraining.data.packing import PackingSizes, Progress, pack
+from pretraining.data.packing import PackingProgress, PackingSizes, pack
 from pretraining.data.shards import DATASET_FILE, FORMAT_VERSION, read_data_folder
 from pretraining.data.sources import Source
 from pretraining.data.validation_split import split_documents
@@ -143,7 +143,7 @@ def prepare(
     tokenizer = get_tokenizer(args, documents())
     with folder_in_progress(output_dir, CONTENTS) as folder:
         sizes = PackingSizes(args.block_size, args.shard_tokens, args.max_train_tokens)
-        progress = Progress(corpora, args.max_train_tokens)
+        progress = PackingProgress(corpora, args.max_train_tokens)
         splits = pack(documents(), tokenizer, folder, sizes, progress, args.num_proc or usable_cores())
         tokenizer.save_pretrained(folder / "tokenizer")
         # Documents are read ahead of the last one that --max_train_tokens lets in, how far depends on the cores.

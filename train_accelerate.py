@@ -67,7 +67,7 @@ from pretraining.training.setup import Setup, build, open_setup, summary
 from pretraining.training.step import StepResult, gather_result
 
 DEFAULTS = TrainArguments().settings()
-UNPUBLISHED = "before it was published: the same command does that"
+BEFORE_PUBLISHING = "before it was published: the same command does that"
 
 
 def main() -> None:
@@ -112,8 +112,9 @@ def train_step(
     Args:
         micro_batches: the model's arguments `input_ids`, `labels` and whatever else.
         max_grad_norm: 0 does not clip.
-        bad_steps: decides whether the update is applied; by default only if loss and gradients are finite.
-        signals, writer: what all processes learn of at the end of the step.
+        bad_steps: decides whether the update is applied, and keeps its verdict. By default the update is applied if
+            loss and gradients are finite.
+        signals, writer: asked whether a signal came, or a checkpoint could not be saved; see `StepResult`.
     """
     num_labels = accelerator.reduce(sum(num_targets(inputs["labels"]) for inputs in micro_batches), "sum")
     undo_averaging = accelerator.gradient_accumulation_steps * accelerator.num_processes
@@ -129,7 +130,7 @@ def train_step(
     if (bad_steps or BadSteps()).judge(result):
         optimizer.step()
     elif accelerator.scaler is not None:
-        accelerator.scaler.update()  # which forgets what it knew of these gradients
+        accelerator.scaler.update()  # lowers the scale after an overflow, and forgets these gradients
     optimizer.zero_grad()
     return result
 
@@ -163,10 +164,12 @@ class Training:
     def train(self, evaluation_pending: bool) -> bool:
         """
         Train until the last step, or until a process receives a signal that asks it to end: then a checkpoint is saved
-        after the step.
+        after the step. After each step come its log line, the end by a signal, and, at the head of the next round,
+        evaluations, samples and the checkpoint: a run that is stopped does not wait for its evaluations.
 
         Args:
-            evaluation_pending: the evaluations of the last step are still to be done, as a signal came in between.
+            evaluation_pending: the evaluations of the step before the first one are still to be done, as a signal came
+                in between.
 
         Returns:
             True if a signal ended it.
@@ -183,18 +186,18 @@ class Training:
                     reports.hellaswag()
                 if self.due(args.sample_steps):
                     reports.sample()
-                # A checkpoint within steps that go wrong in a row would be resumed in the middle of them.
-                is_new = progress.step not in (first_step, args.max_steps)
-                if is_new and not bad_steps.in_a_row and self.due(args.save_steps):
+                is_between = first_step < progress.step < args.max_steps  # the others are saved, or become the model
+                # A checkpoint within bad steps in a row would be resumed in the middle of them.
+                if is_between and not bad_steps.not_finite_in_a_row and self.due(args.save_steps):
                     self.saver.save(self.saver.position())
             if progress.step == first_step:
-                progress.restart_interval()
+                progress.restart_interval()  # what came before the first step is not training speed
             if progress.step == args.max_steps:
                 self.writer.wait()
                 return False
 
             # One training step.
-            if not bad_steps.in_a_row:
+            if not bad_steps.not_finite_in_a_row:
                 self.saver.last_good = self.saver.position()
             factor = learning_rate_factor(progress.step, args.lr_scheduler_type, args.warmup_steps, args.max_steps)
             learning_rate = set_learning_rate(self.optimizer, factor)
@@ -223,10 +226,10 @@ class Training:
             if bad_steps.verdict != NOT_FINITE and (progress.step == 1 or self.due(args.logging_steps)):
                 reports.training(result, learning_rate)
             elif progress.step == first_step + 1:
-                progress.restart_interval()  # to compile, or to warm up, is not training speed
+                progress.restart_interval()  # nor is the first step, which compiles or warms up
             if result.save_failed:
                 self.writer.wait()  # which raises the reason
-            if any(result.stop_signals) and progress.step < args.max_steps:
+            if any(result.stop_signals) and progress.step < args.max_steps:  # after the last step it is finished
                 self.saver.stop(result.stop_signals)
                 return True
             evaluation_pending = True
@@ -241,7 +244,7 @@ class Training:
         Report and record a step that went wrong.
 
         Raises:
-            UserError: after as many in a row as may be, with a checkpoint from before them.
+            UserError: after as many in a row as may be. There is a checkpoint from before them, unless that is step 0.
         """
         setup, step, bad_steps = self.setup, self.progress.step, self.bad_steps
         if bad_steps.verdict == SPIKE:
@@ -251,19 +254,19 @@ class Training:
         event = describe_bad_step(step, result, bad_steps, suspects, rows, setup.data, setup.split, self.args.seed)
         self.log.event(event)
         self.log.write(f"warning: {format_event(event)}; more in {EVENTS}")
-        if bad_steps.in_a_row >= self.args.max_nonfinite_steps:
+        if bad_steps.not_finite_in_a_row >= self.args.max_nonfinite_steps:
             folder = self.saver.save_last_good()
             self.writer.wait()
             saved = f"{folder} is from before" if folder else "there is no checkpoint from before"
             raise UserError(
-                f"{step - self.saver.last_good.step} steps in a row were left out, the last as {format_event(event)}. "
-                f"{saved}: a lower --learning_rate may help (with --allow_changes learning_rate), or other data (with "
-                "--allow_changes data)"
+                f"{step - self.saver.last_good.step} steps in a row were left out, the last one: "
+                f"{format_event(event)}. {saved}: a lower --learning_rate may help (with --allow_changes "
+                "learning_rate), or other data (with --allow_changes data)"
             )
 
 
 def run(args: TrainArguments, state: PartialState, signals: StopSignals, watchdog: Watchdog) -> bool:
-    """Open what the flags name, and train. Returns True if a signal stopped it before its end."""
+    """Open the setup, the repository and the run folder, and train. Returns True if a signal stopped the run."""
     setup = open_setup(args, state)
     repo_id = open_repository(args, state) if args.push_to_hub else None
     with open_run_folder(setup.output_dir, asdict(args), setup.identity, DEFAULTS, state) as plan:
@@ -277,12 +280,12 @@ def run(args: TrainArguments, state: PartialState, signals: StopSignals, watchdo
             # Trackers and the Hub may have been out of reach.
             send_unsent(setup.accelerator, setup.output_dir, args.trackers(), args.max_steps, asdict(args))
             if repo_id and state.is_main_process:
-                signals.end_at_once(UNPUBLISHED)
+                signals.end_at_once(BEFORE_PUBLISHING)
                 publish_run(args, repo_id)
         else:
             is_stopped = build_and_train(setup, plan.checkpoint, repo_id, signals, watchdog)
-    # The model first, then the process group: destroyed with a DDP model still referring to it, gloo's threads and
-    # this one can wait for each other for ever.
+    # The model first, then the process group. If the group is destroyed while a DDP model still refers to it, gloo's
+    # threads and this one can wait for each other for ever.
     setup.accelerator.free_memory()
     setup.accelerator.end_training()
     return is_stopped
@@ -292,8 +295,8 @@ def build_and_train(
     setup: Setup, checkpoint: Path | None, repo_id: str | None, signals: StopSignals, watchdog: Watchdog
 ) -> bool:
     """
-    Build the model, train it from the first step or from a checkpoint to the last, and write it. Returns True if a
-    signal stopped it before its end.
+    Build the model, resume it if there is a checkpoint, train it to the last step, and write and publish it. Returns
+    True if a signal stopped the run.
     """
     args, accelerator, data, output_dir = setup.args, setup.accelerator, setup.data, setup.output_dir
     model, optimizer, num_parameters = build(setup)
@@ -307,17 +310,20 @@ def build_and_train(
         progress.step, progress.elapsed_before = position.step, position.elapsed_seconds
         bad_steps.load(position.anomalies)
     accelerator.print(summary(setup, num_parameters))
+    # Of this process: it knows its own stream alone.
     stream = position.streams[0] if position and is_same_data(position.identity, setup.identity) else None
     batches = data.batches(setup.split, args.seed, progress.step, stream)
-    pending = position is not None and position.is_due
+    evaluation_pending = position is not None and position.is_due
     card = RunCard(args, accelerator, data, setup.config, sum(num_parameters), setup.tokens_per_step, repo_id)
-    with RunLog(accelerator, output_dir, progress.step, args.max_steps, args.trackers(), asdict(args), pending) as log:
+    with RunLog(
+        accelerator, output_dir, progress.step, args.max_steps, args.trackers(), asdict(args), evaluation_pending
+    ) as log:
         publisher = None
         if repo_id and args.hub_strategy == "checkpoint":
             publisher = CheckpointPublisher(output_dir, repo_id, args.hub_private_repo, card.write, log.write)
-        complete = partial(write_tokenizer, data.tokenizer, setup.config.n_positions)
+        write_extras = partial(write_tokenizer, data.tokenizer, setup.config.n_positions)
         writer = CheckpointWriter(
-            accelerator, output_dir, model, optimizer, args.save_total_limit, complete, publisher
+            accelerator, output_dir, model, optimizer, args.save_total_limit, write_extras, publisher
         )
         reports = Reports(setup, model, progress, log)
         saver = Saver(setup, progress, batches, bad_steps, writer, log)
@@ -325,12 +331,12 @@ def build_and_train(
             setup, model, optimizer, progress, batches, bad_steps, log, reports, writer, saver, signals, watchdog
         )
         with out_of_memory_explained(args, setup.split, progress), writer:
-            is_stopped = training.train(pending)
+            is_stopped = training.train(evaluation_pending)
     if not is_stopped:
         final_card = partial(card.at, progress.step, progress.elapsed_seconds, reports.samples)
         write_final_model(accelerator, model, data, final_card, output_dir)
         if repo_id and accelerator.is_main_process:
-            signals.end_at_once(UNPUBLISHED)
+            signals.end_at_once(BEFORE_PUBLISHING)
             if publisher:
                 publisher.wait()
             try_to_publish_run(args, repo_id)

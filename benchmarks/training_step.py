@@ -5,7 +5,7 @@ Tokens a second of a training step: forward and backward pass, clipping and the 
     python benchmarks/training_step.py --shape 124M --per_device_train_batch_size 32        # on a GPU
     python benchmarks/training_step.py --shape demo --mixed_precision no                    # in fp32
 
-Ours is `train_step` of pretraining/training/step.py; stock is transformers' GPT2LMHeadModel in a
+Ours is `train_step` of train_accelerate.py; stock is transformers' GPT2LMHeadModel in a
 plain loop, nanoGPT's a transcription of its model (`peers.py`) in the same loop. All have AdamW with torch's fused
 kernel, no dropout, random tokens and the same precision: bf16 or fp16 is torch's autocast, and fp16 has loss scaling.
 On a CPU the peers run with glibc's allocator as it is, which is how they come, and, in the lines of "tuned", with

@@ -175,7 +175,7 @@ def load_checkpoint(accelerator: Accelerator, folder: Path, model: nn.Module, op
     this process's.
 
     Args:
-        folder: a checkpoint that is whole, see `checkpoint_folders.verify`.
+        folder: a checkpoint that is whole, see `folders.verify`.
 
     Raises:
         UserError: if its files hold something else than a checkpoint does. Nothing is executed, whatever they hold.

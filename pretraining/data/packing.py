@@ -45,7 +45,7 @@ def pack(
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     sizes: PackingSizes,
-    progress: "Progress",
+    progress: "PackingProgress",
     num_proc: int,
 ) -> dict[str, dict]:
     """
@@ -57,6 +57,9 @@ def pack(
 
     Returns:
         `{"train": statistics, "validation": statistics}` for dataset.json.
+
+    Raises:
+        UserError: if the text of a split is less than one row.
     """
     splits = {name: SplitWriter(name, folder, len(tokenizer), sizes) for name in ("train", "validation")}
     with progress:
@@ -68,7 +71,7 @@ def pack(
     return {name: split.close() for name, split in splits.items()}
 
 
-class Progress:
+class PackingProgress:
     """A bar in tokens. Their number is an estimate, from how much of the text they were so far."""
 
     def __init__(self, corpora: list[Corpus], max_train_tokens: int | None):
@@ -76,7 +79,7 @@ class Progress:
         self.num_documents = sum(corpus.num_documents or 0 for corpus in corpora)
         self.max_train_tokens = max_train_tokens
 
-    def __enter__(self) -> "Progress":
+    def __enter__(self) -> "PackingProgress":
         self.bar = tqdm(desc="tokenising", unit="tok", unit_scale=True)
         return self
 
@@ -174,7 +177,7 @@ class ShardWriter:
     """
     Writes one split: `add` token ids of any length, get full rows in `shard-00000.arrow`, `shard-00001.arrow`, ...
 
-    The bytes depend only on the ids, `block_size` and `shard_tokens`, not on how the ids were handed over. It holds
+    The bytes depend only on the ids and on the arguments, not on how the ids were handed over. It holds
     one record batch in memory, however much is written.
     """
 

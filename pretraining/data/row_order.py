@@ -35,7 +35,7 @@ def accumulation_steps(
     tokens_per_step: int, per_device_train_batch_size: int, block_size: int, num_processes: int
 ) -> int:
     """
-    Micro-batches in an optimizer step.
+    Return the micro-batches of one process in an optimizer step.
 
     Raises:
         UserError: if `--tokens_per_step` is not a multiple of what all processes have at once.
@@ -115,7 +115,7 @@ class SourceOrder:
     """
     From which source each row comes, as a pure function of its place: any place can be asked for, in any order.
 
-    Every `ROWS_PER_ROUND` places in a row hold each source as often as its weight says, to the nearest whole number,
+    Every `ROWS_PER_ROUND` places in a row hold each source as often as its weight says, to within one row,
     in an order of their own.
 
     Args:

@@ -1,4 +1,4 @@
-"""Several sources in one training run: what a recipe says of them, and which row comes from which."""
+"""Several sources in one training run: what flags and recipes say of them."""
 
 import contextlib
 from dataclasses import dataclass, fields

@@ -1,4 +1,4 @@
-"""What a model is worth while it trains: the loss on the validation rows, and what it writes."""
+"""The loss on the validation rows. (Which documents those are: data/validation_split.py.)"""
 
 import math
 

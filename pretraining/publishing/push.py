@@ -1,4 +1,4 @@
-"""The final model, a folder that loads with the Auto classes and a pipeline, and its way to the Hub."""
+"""What of a folder is published, and its way to the Hub."""
 
 from pathlib import Path
 

@@ -1,1 +1,1 @@
-"""How a model is trained: flags, model, optimizer and a step."""
+"""How a model is trained: flags, setup, model and optimizer. The loop is in train_accelerate.py."""

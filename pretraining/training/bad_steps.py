@@ -38,7 +38,7 @@ class BadSteps:
 
     Attributes:
         recent: the losses of the last steps, spikes included, so that a higher level becomes the usual one.
-        in_a_row: how many steps up to the last one were not finite.
+        not_finite_in_a_row: how many steps up to the last one had a loss or gradient that is not finite.
         verdict: on the last step.
         deviations: how many standard deviations its loss was above the mean of those before it.
     """
@@ -46,18 +46,18 @@ class BadSteps:
     skip_loss_spikes: bool = False
     has_scaler: bool = False
     recent: list[float] = field(default_factory=list)
-    in_a_row: int = 0
+    not_finite_in_a_row: int = 0
     verdict: str = FINE
     deviations: float = 0.0
 
     def judge(self, result: StepResult) -> bool:
-        """Judge a step. Return True if its update is to be applied."""
+        """Judge a step. Return True if its update may be applied; fp16's scaler may still leave it out."""
         self.verdict, self.deviations = FINE, 0.0
         if not math.isfinite(result.loss) or not (self.has_scaler or math.isfinite(result.grad_norm)):
             self.verdict = NOT_FINITE
-            self.in_a_row += 1
+            self.not_finite_in_a_row += 1
             return False
-        self.in_a_row = 0
+        self.not_finite_in_a_row = 0
         if len(self.recent) >= WINDOW // 2:
             spread = np.std(self.recent, ddof=1)
             self.deviations = float((result.loss - np.mean(self.recent)) / spread) if spread else 0.0

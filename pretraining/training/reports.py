@@ -18,7 +18,7 @@ from pretraining.records.run_log import RunLog
 from pretraining.training.setup import Setup
 from pretraining.training.step import StepResult
 
-# The speed of a run is reported once so many steps are behind it: the first ones warm up, or compile.
+# The time to go is estimated once so many steps are behind a run: the first ones warm up, or compile.
 STEPS_TO_MEASURE = 5
 
 
@@ -45,7 +45,7 @@ class Reports:
         self.first_step = self.progress.step
 
     def training(self, result: StepResult, learning_rate: float) -> None:
-        """Report loss, gradient norm and speed of the steps since the last report."""
+        """Report the step's loss and gradient norm, and the speed since the last report, evaluation or checkpoint."""
         progress, max_steps = self.progress, self.setup.args.max_steps
         loss, speed = result.loss, progress.speed()
         values = {"loss": loss, "learning_rate": learning_rate, "grad_norm": result.grad_norm, **speed}
@@ -61,7 +61,12 @@ class Reports:
             self.is_measured = True
 
     def evaluation(self) -> None:
-        """Evaluate on the validation rows, and draw the plot of losses."""
+        """
+        Evaluate on the validation rows, and draw the plot of losses.
+
+        Raises:
+            UserError: if the loss is not finite.
+        """
         setup, progress, validation = self.setup, self.progress, self.setup.data.validation
         eval_iters, batch_size = setup.args.eval_iters, setup.split.batch_size
         num_rows = eval_iters and eval_iters * progress.tokens_per_step // setup.data.block_size

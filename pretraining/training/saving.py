@@ -50,7 +50,7 @@ class Saver:
         )
 
     def save(self, position: Position) -> Path:
-        """Save a checkpoint with the weights as they are. Returns the folder that it will have."""
+        """Begin to save a checkpoint with the weights as they are. Returns the folder that it will have."""
         self.writer.save(position)
         self.progress.restart_interval()
         return checkpoint_folder(self.setup.output_dir, position.step)
@@ -66,7 +66,7 @@ class Saver:
 
     def stop(self, stop_signals: list[int]) -> None:
         """Save a checkpoint, as a process received a signal."""
-        is_amid_bad_steps = self.bad_steps.in_a_row > 0
+        is_amid_bad_steps = self.bad_steps.not_finite_in_a_row > 0
         folder = self.save_last_good() if is_amid_bad_steps else self.save(self.position(evaluation_pending=True))
         self.writer.wait()
         process, number = next((process, number) for process, number in enumerate(stop_signals) if number)

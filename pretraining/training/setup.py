@@ -36,7 +36,7 @@ class Setup:
 
     Attributes:
         precision: of the accelerator, and why it was chosen.
-        split: how the rows of a step are divided, as the flags ask for.
+        split: how the rows of a step are divided; with --auto_batch_size, as they fit into memory.
         identity: what makes this run this one, see `checkpoints/identity.py`.
         hellaswag: its items, none if they are not asked for.
     """
@@ -66,7 +66,7 @@ class Setup:
 
 def open_setup(args: TrainArguments, state: PartialState) -> Setup:
     """
-    Open what the flags name.
+    Open the data, the model's config, the items of HellaSwag and the accelerator.
 
     Raises:
         UserError: on all processes, with what does not fit together.
@@ -131,7 +131,7 @@ def open_split(args: TrainArguments, block_size: int, state: PartialState) -> St
 
 
 def build(setup: Setup) -> tuple[nn.Module, Optimizer, list[int]]:
-    """Return model and optimizer as `accelerator.prepare` returns them, and the parameters of each group."""
+    """Return model and optimizer as `accelerator.prepare` returns them, and the counts of `parameter_groups`."""
     args, accelerator = setup.args, setup.accelerator
     device, mixed_precision = accelerator.device, accelerator.mixed_precision
     set_seed(args.seed)
@@ -150,10 +150,10 @@ def build(setup: Setup) -> tuple[nn.Module, Optimizer, list[int]]:
 
 def summary(setup: Setup, num_parameters: list[int]) -> str:
     """
-    Return three lines about what is going to happen, and one for each thing that the device lacks.
+    Return three lines about what is going to happen, and warnings about the device.
 
     Args:
-        num_parameters: of each of `parameter_groups`.
+        num_parameters: counts of `parameter_groups`.
     """
     args, accelerator, data = setup.args, setup.accelerator, setup.data
     *decayed, rest = num_parameters

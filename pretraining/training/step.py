@@ -1,4 +1,4 @@
-"""The result of one optimizer step, which all processes know."""
+"""The result of one optimizer step, which all processes know. The step itself is in train_accelerate.py."""
 
 import math
 from dataclasses import dataclass
@@ -43,8 +43,8 @@ def gather_result(
     save_failed: bool = False,
 ) -> StepResult:
     """
-    Gather losses, gradient norm and signals from all processes. This is the only host-device synchronisation of a
-    step: the result decides whether the weights change.
+    Gather losses, gradient norm, signals and failures to save from all processes. This is the only host-device
+    synchronisation of a step, but for fp16's loss scaling: the result decides whether the weights change.
 
     Args:
         losses: of this process, a scalar for each micro-batch.

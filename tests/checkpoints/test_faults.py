@@ -270,7 +270,7 @@ def test_several_in_a_row_end_the_run_with_a_checkpoint_from_before(num_processe
     results = run_ranks(num_processes, "train_accelerate.py", *arguments, faults=faults)
     assert [result.returncode for result in results] == [2] * num_processes
     (error,) = [line for line in results[0].stderr.splitlines() if "error:" in line]
-    assert "3 steps in a row were left out, the last as step 7: loss not finite (process 0, rows " in error
+    assert "3 steps in a row were left out, the last one: step 7: loss not finite (process 0, rows " in error
     assert "checkpoint-000004 is from before" in error
     assert verify(tmp_path / "run/checkpoint-000004") == []
 
