@@ -25,6 +25,7 @@ from pretraining.data.packed_rows import open_data_folder
 from pretraining.data.row_order import RowOrder
 from pretraining.records import run_log
 from pretraining.tokenization.tokenizer import train_tokenizer
+from pretraining.training.optimizer import build_optimizer
 from pretraining.training.schedule import learning_rate_factor
 
 STEPS = 300
@@ -157,10 +158,12 @@ def key_biases(weights: dict[str, torch.Tensor]) -> set[str]:
     return {name for name in weights if name.endswith("k_proj.bias")}
 
 
-def test_the_loop_is_a_plain_loop_over_the_same_rows(finished_run, data_dir, tmp_path):
-    """Against torch alone: no accelerate, and an accumulation that is one big batch."""
+@pytest.mark.parametrize("optim", ["adamw", "muon"])
+def test_the_loop_is_a_plain_loop_over_the_same_rows(optim, finished_run, data_dir, tmp_path):
+    """Against torch alone, but for Muon itself: no accelerate, and an accumulation that is one big batch."""
     start = finished_run[0]
     flags = ("--model_name_or_path", start, "--max_steps", 8, "--learning_rate", 1e-3, "--warmup_steps", 2)
+    flags += ("--optim", optim)
     arguments = (*flags, "--gradient_accumulation_steps", 3, "--per_device_train_batch_size", 4, "--logging_steps", 1)
     succeed(script("train_accelerate.py", "--data_dir", data_dir, "--output_dir", tmp_path / "run", *arguments))
 
@@ -171,9 +174,12 @@ def test_the_loop_is_a_plain_loop_over_the_same_rows(finished_run, data_dir, tmp
     vectors = [parameter for parameter in model.parameters() if parameter.ndim == 1]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), fused=False)
+    if optim == "muon":
+        optimizer = build_optimizer(model, "muon", 1e-3, 0.1, torch.device("cpu"))
     for step, line in zip(range(8), metrics(tmp_path / "run"), strict=False):
         for group in optimizer.param_groups:
             group["lr"] = 1e-3 * learning_rate_factor(step, "cosine_with_min_lr", 2, 8)
+            group["momentum"] = 0.85 + step / 300 * 0.1  # Muon's
         input_ids = rows.__getitems__(next(order)).long()
         logits = model(input_ids).logits[:, :-1]
         loss = torch.nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), input_ids[:, 1:].reshape(-1))
