@@ -148,7 +148,8 @@ def format_event(event: dict) -> str:
     """Return an event as a sentence."""
     if event["event"] != NOT_FINITE:
         what = (
-            f"loss {event['loss']:.4f}, {event['deviations']} standard deviations above that of {WINDOW} steps before"
+            f"loss {event['loss']:.4f}, {event['deviations']} standard deviations above the mean of the last {WINDOW} "
+            "at most"
         )
     else:
         what = f"{'loss' if event['loss'] is None else 'gradient'} not finite"

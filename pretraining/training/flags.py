@@ -33,7 +33,7 @@ NEUTRAL = """output_dir data_dir dataset_name dataset_config_name dataset_revisi
 
 @dataclass
 class DataFlags:
-    _argument_group_name = "data: packed shards, text to stream, or both in a mixture"
+    _argument_group_name = "data: packed shards or text to stream, one source or a mixture"
 
     data_dir: str | None = flag(
         None, "a data folder made by prepare_data.py, or token files of build-nanogpt, llm.c, nanoGPT"
