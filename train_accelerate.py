@@ -37,6 +37,7 @@ from pretraining.distributed.processes import check_launch, open_state
 from pretraining.distributed.signals import StopSignals, follow_launcher, kill_workers
 from pretraining.distributed.watchdog import Watchdog
 from pretraining.errors import ProcessError, UserError
+from pretraining.optimization.schedule import learning_rate_factor, muon_momentum, set_learning_rate, set_muon_momentum
 from pretraining.publishing.export import write_tokenizer
 from pretraining.publishing.model_card import RunCard
 from pretraining.publishing.run_publishing import (
@@ -62,7 +63,6 @@ from pretraining.training.batch_size import fit_into_memory, out_of_memory_expla
 from pretraining.training.flags import TrainArguments
 from pretraining.training.reports import Reports
 from pretraining.training.saving import Saver
-from pretraining.training.schedule import learning_rate_factor, muon_momentum, set_learning_rate, set_muon_momentum
 from pretraining.training.setup import Setup, build, open_setup, summary
 from pretraining.training.step import StepResult, gather_result
 

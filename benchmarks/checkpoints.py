@@ -42,8 +42,8 @@ from pretraining.cli import flag, parse_arguments, run_script
 from pretraining.distributed.processes import open_accelerator, open_state
 from pretraining.files import sha256_of
 from pretraining.markdown import table
+from pretraining.optimization.optimizer import build_optimizer
 from pretraining.training.model import attention_on, build_model
-from pretraining.training.optimizer import build_optimizer
 
 
 @dataclass

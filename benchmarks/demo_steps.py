@@ -24,11 +24,11 @@ from pretraining.data.model_inputs import ModelInputs
 from pretraining.data.shards import read_data_folder
 from pretraining.distributed.launcher import told_precision
 from pretraining.distributed.processes import open_accelerator, open_state
+from pretraining.optimization.optimizer import build_optimizer
 from pretraining.precision import choose_precision, muon_dtype
 from pretraining.records.run_files import TRAINING_ARGS
 from pretraining.training.flags import TrainArguments
 from pretraining.training.model import attention_on, build_model, load_config
-from pretraining.training.optimizer import build_optimizer
 from train_accelerate import train_step
 
 MINUTES = 8

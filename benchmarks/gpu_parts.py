@@ -21,7 +21,7 @@ from benchmarks.optimizers import NAMES
 from modeling_gpt2scratch import GPT2ScratchConfig, GPT2ScratchForCausalLM
 from pretraining.errors import counted
 from pretraining.markdown import table
-from pretraining.training.optimizer import Optim
+from pretraining.optimization.optimizer import Optim
 from train_accelerate import train_step
 
 PEERS = (steps.NANOGPT, steps.STOCK)

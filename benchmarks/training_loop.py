@@ -33,9 +33,9 @@ from pretraining.data.sources import Source
 from pretraining.data.training_data import open_packed
 from pretraining.distributed.processes import open_state
 from pretraining.markdown import table
+from pretraining.optimization.optimizer import build_optimizer
 from pretraining.records.metrics import read_metrics
 from pretraining.training.model import attention_on, build_model, load_config
-from pretraining.training.optimizer import build_optimizer
 
 SCRIPT = Path(__file__).resolve().parent.parent / "train_accelerate.py"
 WHOLE, BARE = "train_accelerate.py", "a bare loop"

@@ -38,9 +38,9 @@ from pretraining.cli import flag, parse_arguments, run_script
 from pretraining.data.model_inputs import ModelInputs
 from pretraining.distributed.processes import open_accelerator, open_state
 from pretraining.markdown import table
+from pretraining.optimization.optimizer import ADAM_BETAS, Optim, build_optimizer, has_fused_adamw
 from pretraining.precision import muon_dtype
 from pretraining.training.model import attention_on, build_model
-from pretraining.training.optimizer import ADAM_BETAS, Optim, build_optimizer, has_fused_adamw
 from train_accelerate import train_step
 
 Shape = dict[str, Any]  # of a model: arguments of its config

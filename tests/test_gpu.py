@@ -13,8 +13,8 @@ from support.tiny_models import random_ids, randomise, tiny_model
 
 from benchmarks import synthetic
 from pretraining.distributed.processes import open_accelerator, open_state
+from pretraining.optimization.optimizer import build_optimizer
 from pretraining.precision import choose_precision, muon_dtype
-from pretraining.training.optimizer import build_optimizer
 from train_accelerate import train_step
 
 pytestmark = [

@@ -1,1 +1,1 @@
-"""How a model is trained: flags, setup, model and optimizer. The loop is in train_accelerate.py."""
+"""What a run consists of: flags, setup, model, steps, reports and saving. The loop is in train_accelerate.py."""

@@ -12,8 +12,8 @@ from pretraining.data.row_order import SourceOrder
 from pretraining.data.sources import Source, parse_mixture
 from pretraining.errors import UserError
 from pretraining.hub import problems_of_license, problems_of_repository
-from pretraining.training.optimizer import Optim
-from pretraining.training.schedule import LRSchedulerType
+from pretraining.optimization.optimizer import Optim
+from pretraining.optimization.schedule import LRSchedulerType
 
 AT_LEAST_ONE = """block_size per_device_train_batch_size gradient_accumulation_steps tokens_per_step max_steps
     logging_steps eval_steps eval_iters hellaswag_steps sample_steps save_steps save_total_limit

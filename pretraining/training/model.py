@@ -10,8 +10,8 @@ from transformers.utils.hub import has_file
 from modeling_gpt2scratch import PRESETS, GPT2ScratchConfig, GPT2ScratchForCausalLM
 from pretraining.errors import UserError, nearest, one_line
 from pretraining.hub import check_name
+from pretraining.kernels.tiled_attention import TILED
 from pretraining.tokenization.tokenizer import load_tokenizer, tokenizer_fingerprint
-from pretraining.training.tiled_attention import TILED
 
 
 def load_config(

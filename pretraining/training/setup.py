@@ -21,12 +21,12 @@ from pretraining.distributed.processes import on_every_process, on_main_process,
 from pretraining.evaluation.hellaswag_items import EncodedItem, encode_items, load_hub_items, load_items
 from pretraining.evaluation.hellaswag_scoring import load_metric
 from pretraining.evaluation.samples import encode_prompts
+from pretraining.kernels.cpu_products import use_fastest_products
+from pretraining.optimization.optimizer import build_optimizer, has_fused_adamw, parameter_groups
 from pretraining.precision import Precision, choose_precision, muon_dtype
 from pretraining.tokenization.tokenizer import tokenizer_fingerprint
-from pretraining.training.cpu_products import use_fastest_products
 from pretraining.training.flags import TrainArguments
 from pretraining.training.model import attention_on, build_model, check_fit, check_tokenizer, load_config
-from pretraining.training.optimizer import build_optimizer, has_fused_adamw, parameter_groups
 
 
 @dataclass(frozen=True)

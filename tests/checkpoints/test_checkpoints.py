@@ -40,7 +40,7 @@ from pretraining.checkpoints.state import Position
 from pretraining.distributed.signals import STOPPED
 from pretraining.errors import UserError
 from pretraining.hardware import generator_states
-from pretraining.training.optimizer import build_optimizer, parameter_groups
+from pretraining.optimization.optimizer import build_optimizer, parameter_groups
 
 # Rows 2, 7: killed while saving
 

@@ -284,7 +284,7 @@ from safetensors.torch import save_file
 from test_scale import uneven_batches
 from support.tiny_models import tiny_model
 from pretraining.distributed.processes import open_accelerator
-from pretraining.training.optimizer import build_optimizer
+from pretraining.optimization.optimizer import build_optimizer
 from train_accelerate import train_step
 
 accelerator = open_accelerator(PartialState(cpu=True), 3, torch_compile=False, mixed_precision="no")

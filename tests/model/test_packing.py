@@ -7,7 +7,7 @@ import torch
 from support.tiny_models import random_ids, randomise, stock_model_with_the_weights_of, tiny_model
 from transformers import DynamicCache
 
-from pretraining.training.tiled_attention import TILED
+from pretraining.kernels.tiled_attention import TILED
 
 LENGTHS = [(5, 1, 7, 3), (16,)]  # of the documents in two rows of 16 tokens
 

@@ -23,10 +23,10 @@ import modeling_gpt2scratch  # noqa: F401  registers the model type
 import train_accelerate
 from pretraining.data.packed_rows import open_data_folder
 from pretraining.data.row_order import RowOrder
+from pretraining.optimization.optimizer import build_optimizer
+from pretraining.optimization.schedule import learning_rate_factor
 from pretraining.records import run_log
 from pretraining.tokenization.tokenizer import train_tokenizer
-from pretraining.training.optimizer import build_optimizer
-from pretraining.training.schedule import learning_rate_factor
 
 STEPS = 300
 SMALL_BATCH = ("--per_device_train_batch_size", 4)
@@ -363,7 +363,7 @@ from accelerate import PartialState
 from support.tiny_models import random_ids, tiny_model
 from pretraining.distributed.processes import open_accelerator
 from pretraining.training.bad_steps import BadSteps
-from pretraining.training.optimizer import build_optimizer
+from pretraining.optimization.optimizer import build_optimizer
 from train_accelerate import train_step
 
 accelerator = open_accelerator(PartialState(cpu=True), 1, torch_compile=False, mixed_precision="fp16")

@@ -5,8 +5,8 @@ import torch
 from support.tiny_models import tiny_model
 from transformers import get_scheduler
 
-from pretraining.training.optimizer import build_optimizer
-from pretraining.training.schedule import learning_rate_factor, muon_momentum, set_muon_momentum
+from pretraining.optimization.optimizer import build_optimizer
+from pretraining.optimization.schedule import learning_rate_factor, muon_momentum, set_muon_momentum
 
 
 @pytest.mark.parametrize(

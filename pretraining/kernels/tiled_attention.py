@@ -81,11 +81,24 @@ def causal_attention_backward(
         tile_grad = grad[heads, queries]  # (BH, R, D)
         value_grad[heads, keys] += weights.transpose(1, 2) @ tile_grad
         weights_grad = tile_grad @ value[heads, keys].transpose(1, 2)  # (BH, R, K)
-        # What autograd calls for a softmax; no graph is kept of a tile.
-        scores_grad = torch._softmax_backward_data(weights_grad, weights, -1, weights.dtype)
+        scores_grad = softmax_backward(weights_grad, weights)
         torch.bmm(scores_grad, key[heads, keys], out=query_grad[heads, queries])
         key_grad[heads, keys] += scores_grad.transpose(1, 2) @ query[heads, queries]
     return query_grad.view(shape), key_grad.to(key.dtype).view(shape), value_grad.to(value.dtype).view(shape)
+
+
+def softmax_backward(grad: Tensor, weights: Tensor) -> Tensor:
+    """
+    Return the gradient by the input of a softmax over the last dimension, from that by its output `weights`.
+
+    Autograd's kernel for it takes one pass over the scores and rounds once, but torch has no public name for it. A
+    torch without it, or with another signature of it, computes the formula in fp32.
+    """
+    try:
+        return torch._softmax_backward_data(grad, weights, -1, weights.dtype)
+    except (AttributeError, RuntimeError, TypeError):
+        grad, outputs = grad.float(), weights.float()
+        return (outputs * (grad - (grad * outputs).sum(-1, keepdim=True))).to(weights.dtype)
 
 
 def _tiles(

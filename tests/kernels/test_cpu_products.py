@@ -4,8 +4,8 @@ import pytest
 import torch
 from support.tiny_models import random_ids, randomise, tiny_model
 
-from pretraining.training import cpu_products
-from pretraining.training.cpu_products import onednn_speed, use_fastest_products
+from pretraining.kernels import cpu_products
+from pretraining.kernels.cpu_products import onednn_speed, use_fastest_products
 
 
 def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:

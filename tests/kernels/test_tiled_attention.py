@@ -4,9 +4,9 @@ import pytest
 import torch
 from support.tiny_models import random_ids, randomise, tiny_model
 
-from pretraining.training import tiled_attention
+from pretraining.kernels import tiled_attention
+from pretraining.kernels.tiled_attention import TILE_QUERIES, TILED, causal_attention
 from pretraining.training.model import attention_on
-from pretraining.training.tiled_attention import TILE_QUERIES, TILED, causal_attention
 
 LENGTH = 2 * TILE_QUERIES + 44  # three tiles, the last one short
 
@@ -54,6 +54,22 @@ def test_in_bf16_it_is_as_exact_as_attention_whose_scores_are_bf16():
     for actual, other, reference in zip(tiled, plain, expected, strict=True):
         error, usual = ((each.double() - reference).norm() / reference.norm() for each in (actual, other))
         assert 0 < error < 1.1 * usual < 0.01
+
+
+def changed(*arguments):
+    raise TypeError("_softmax_backward_data() takes 3 positional arguments but 4 were given")
+
+
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 1e-6), (torch.bfloat16, 0.004)])
+@pytest.mark.parametrize("operation", [None, changed], ids=["missing", "changed"])
+def test_without_torchs_kernel_the_gradients_are_the_same_but_for_rounding(operation, dtype, most, monkeypatch):
+    with_kernel = with_gradients(causal_attention, inputs(dtype), None)
+    monkeypatch.delattr(torch, "_softmax_backward_data")
+    if operation:
+        monkeypatch.setattr(torch, "_softmax_backward_data", operation, raising=False)
+    without = with_gradients(causal_attention, inputs(dtype), None)
+    for actual, expected in zip(without, with_kernel, strict=True):
+        assert (actual.double() - expected.double()).norm() < most * expected.double().norm()
 
 
 def test_a_query_that_sees_nothing_makes_no_nan():

@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 from torch.optim.adamw import adamw
 
-from pretraining.training.orthogonalization import orthogonalize_together
+from pretraining.optimization.orthogonalization import orthogonalize_together
 
 ADAM_BETAS = (0.9, 0.95)  # GPT-3 paper, appendix B
 ADAM_EPSILON = 1e-8

@@ -9,9 +9,9 @@ from safetensors.torch import load_file
 from support.processes import run_ranks
 from support.tiny_models import randomise, tiny_model
 
-from pretraining.training.optimizer import ADAM_BETAS, Muon, build_optimizer, has_fused_adamw, parameter_groups
-from pretraining.training.orthogonalization import orthogonalize, orthogonalize_together, share_out
-from pretraining.training.schedule import set_learning_rate
+from pretraining.optimization.optimizer import ADAM_BETAS, Muon, build_optimizer, has_fused_adamw, parameter_groups
+from pretraining.optimization.orthogonalization import orthogonalize, orthogonalize_together, share_out
+from pretraining.optimization.schedule import set_learning_rate
 
 CPU = torch.device("cpu")
 
@@ -133,8 +133,8 @@ from safetensors.torch import save_file
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from support.tiny_models import tiny_model
-from pretraining.training import orthogonalization
-from pretraining.training.optimizer import build_optimizer
+from pretraining.optimization import orthogonalization
+from pretraining.optimization.optimizer import build_optimizer
 
 _, _, kind, dtype, folder = sys.argv
 num_processes = int(os.environ.get("WORLD_SIZE", 1))

@@ -5,7 +5,7 @@ from typing import Literal, assert_never
 
 from torch.optim import Optimizer
 
-from pretraining.training.optimizer import MUON_MOMENTUM
+from pretraining.optimization.optimizer import MUON_MOMENTUM
 
 # Jordan et al. 2024, https://github.com/KellerJordan/modded-nanogpt (train_gpt.py). While gradients still change their
 # direction fast, a long average holds on to directions that are out of date.
