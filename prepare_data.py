@@ -20,9 +20,9 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from pretraining.cli import flag, parse_arguments, problems_of_range, run_script
+from pretraining.data.data_folder import DATASET_FILE, FORMAT_VERSION, read_data_folder
 from pretraining.data.documents import Corpus, embedded_corpus, open_texts
 from pretraining.data.packing import PackingProgress, PackingSizes, pack
-from pretraining.data.shards import DATASET_FILE, FORMAT_VERSION, read_data_folder
 from pretraining.data.sources import Source
 from pretraining.data.validation_split import split_documents
 from pretraining.errors import UserError, counted

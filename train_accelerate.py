@@ -31,7 +31,7 @@ from pretraining.checkpoints.checkpoint import CheckpointWriter
 from pretraining.checkpoints.identity import is_same_data
 from pretraining.checkpoints.run_folder import open_run_folder, resume
 from pretraining.cli import parse_arguments, run_script
-from pretraining.data.model_inputs import num_targets
+from pretraining.data.packed_rows import num_targets
 from pretraining.data.training_data import Batches
 from pretraining.distributed.processes import check_launch, open_state
 from pretraining.distributed.signals import StopSignals, follow_launcher, kill_workers

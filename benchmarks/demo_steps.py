@@ -20,8 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import side_by_side
 from pretraining import hardware
 from pretraining.cli import flag, parse_arguments, run_script
-from pretraining.data.model_inputs import ModelInputs
-from pretraining.data.shards import read_data_folder
+from pretraining.data.data_folder import read_data_folder
+from pretraining.data.packed_rows import ModelInputs
 from pretraining.distributed.launcher import told_precision
 from pretraining.distributed.processes import open_accelerator, open_state
 from pretraining.optimization.optimizer import build_optimizer

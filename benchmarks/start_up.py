@@ -81,7 +81,7 @@ def run_clm(saved: str, output_dir: str, *flags: str) -> None:
 def save_rows(data_dir: str, folder: str) -> None:
     from datasets import Dataset
 
-    from pretraining.data.packed_rows import open_data_folder
+    from pretraining.data.data_folder import open_data_folder
     from pretraining.tokenization.tokenizer import load_tokenizer
 
     train = open_data_folder(Path(data_dir)).train

@@ -35,7 +35,7 @@ from benchmarks.peers import NanoGPT
 from modeling_gpt2scratch import GPT2ScratchConfig
 from pretraining import hardware
 from pretraining.cli import flag, parse_arguments, run_script
-from pretraining.data.model_inputs import ModelInputs
+from pretraining.data.packed_rows import ModelInputs
 from pretraining.distributed.processes import open_accelerator, open_state
 from pretraining.markdown import table
 from pretraining.optimization.optimizer import ADAM_BETAS, Optim, build_optimizer, has_fused_adamw

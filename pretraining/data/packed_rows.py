@@ -1,16 +1,11 @@
 """
-Packed data: rows of token ids in memory-mapped files, and the order in which they are read.
+Rows of token ids: cut from documents, read in batches, and handed to the model.
 
-A data folder is described by its dataset.json. Documents are concatenated, each followed by the end-of-text token,
-and cut every `block_size` tokens.
+Documents are concatenated, each followed by the end-of-text token, and cut every `block_size` tokens.
 """
 
-import hashlib
-import json
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -18,29 +13,37 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from pretraining.data.row_order import RowOrder
-from pretraining.data.shards import TokenRows, checksum_problem, open_arrow_shard, read_data_folder
 from pretraining.distributed.signals import ignore_signals
-from pretraining.errors import UserError
-from pretraining.hardware import reads_pinned_memory, usable_cores
+from pretraining.errors import ProcessError, UserError
+from pretraining.hardware import reads_pinned_memory
 
 T = TypeVar("T")
 
 
+def full_rows(token_ids: np.ndarray, block_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return views of the full rows (rows, block_size) of token ids (tokens,), and of the tokens left behind them."""
+    end = len(token_ids) // block_size * block_size
+    return token_ids[:end].reshape(-1, block_size), token_ids[end:]
+
+
 class PackedDataset(Dataset):
     """
-    The rows of some files, one after the other: `dataset[i]` is row i, `dataset.__getitems__([i, j, ...])` the rows
-    as one tensor (number of indices, block_size), both of the files' type, uint16 or uint32: a quarter as many bytes
-    to move to a device as the int64 that it needs there.
+    Rows of token ids, in memory or in mapped files.
+
+    `dataset[i]` is row i, `dataset.__getitems__([i, j, ...])` the rows as one tensor (number of indices, block_size).
+    Both are of the files' type, uint16 or uint32: a quarter as many bytes to move to a device as the int64 that it
+    needs there.
 
     Args:
+        parts: the rows, one part (rows, block_size) after the other.
         statistics: counts of `documents`, `tokens` and `bytes` of text, and `compressed_bytes` by program if known.
     """
 
-    def __init__(self, files: list[TokenRows], statistics: dict):
-        self.files = files
+    def __init__(self, parts: list[np.ndarray], statistics: dict):
+        self.parts = parts
         self.statistics = statistics
-        self._starts = np.cumsum([0, *map(len, files)])  # the number of each file's first row
-        types = {(file.batches.dtype, file.batches.shape[2]) for file in files}
+        self._starts = np.cumsum([0, *map(len, parts)])  # the number of each part's first row
+        types = {(part.dtype, part.shape[1]) for part in parts}
         if len(types) > 1:
             raise UserError("the files have ids of 2 bytes and of 4: one tokenizer's are all of one size")
         self._dtype, self._block_size = types.pop()
@@ -59,7 +62,7 @@ class PackedDataset(Dataset):
         within = rows - self._starts[numbers]
         found = np.empty((len(rows), self._block_size), self._dtype)
         for place, (number, row) in enumerate(zip(numbers.tolist(), within.tolist(), strict=True)):
-            found[place] = self.files[number][row]
+            found[place] = self.parts[number][row]
         return torch.from_numpy(found)
 
     def __reduce__(self):
@@ -80,7 +83,7 @@ def concatenate(datasets: list[PackedDataset]) -> PackedDataset:
     if len(datasets) == 1:
         return datasets[0]
     counts = {name: sum(each.statistics[name] for each in datasets) for name in ("documents", "tokens", "bytes")}
-    return PackedDataset([file for dataset in datasets for file in dataset.files], counts)
+    return PackedDataset([part for dataset in datasets for part in dataset.parts], counts)
 
 
 def training_batches(dataset: PackedDataset, order: RowOrder, num_workers: int = 0) -> DataLoader:
@@ -117,68 +120,52 @@ def _start_worker(worker: int) -> None:
     ignore_signals()
 
 
-@dataclass
-class DataFolder:
+@dataclass(frozen=True)
+class ModelInputs:
     """
-    An opened folder of packed rows.
+    `model_inputs(rows)` is what the model takes for rows of tokens.
 
     Attributes:
-        name, revision, config: of the text that it was made from; the last is a configuration of a dataset.
-        fingerprint: sha256 of what identifies the training rows.
-        check: reads every file once and returns what is wrong with them, an empty list if nothing is. It may fill in
-            statistics that only that reading tells.
+        device, vocab_size: the model's.
+        document_token_id: see `document_positions`; None lets tokens see the documents before theirs.
     """
 
-    name: str
-    revision: str
-    block_size: int
-    fingerprint: str
-    train: PackedDataset
-    validation: PackedDataset
-    check: Callable[[], list[str]]
-    config: str | None = None
+    device: torch.device
+    vocab_size: int
+    document_token_id: int | None = None
+
+    def __call__(self, rows: torch.Tensor) -> dict[str, Any]:
+        """
+        Args:
+            rows (`(B, T)`): token ids of any integer type.
+
+        Raises:
+            ProcessError: a ValueError, for an id that the model has no embedding for: a GPU would only say that an
+                assertion failed, and could not be used any more.
+        """
+        if (largest := rows.numpy().max()) >= self.vocab_size:
+            raise ProcessError(
+                f"the data has the token id {largest}, but the model's vocabulary ends with {self.vocab_size - 1}: "
+                "prepare the data with the model's tokenizer"
+            )
+        input_ids = rows.to(self.device, non_blocking=True).long()
+        document_token_id = self.document_token_id
+        position_ids = None if document_token_id is None else document_positions(input_ids, document_token_id)
+        return {"input_ids": input_ids, "position_ids": position_ids, "labels": input_ids}
 
 
-def open_data_folder(folder: Path, tokenizer_fingerprint: str | None = None) -> DataFolder:
+def document_positions(input_ids: torch.Tensor, document_token_id: int) -> torch.Tensor:
     """
-    A folder that prepare_data.py wrote, mapped into memory. Its bytes are not read yet: that is what `check` is for.
+    Positions (B, T) that start again at each document of a row, which keeps documents apart in this model.
 
-    Args:
-        tokenizer_fingerprint: of the tokenizer that is to be used, if it is not the folder's own.
-
-    Raises:
-        UserError: with everything about it that is not as its dataset.json says.
+    The end-of-text token counts as the first of the document behind it: so its one place in a document teaches how to
+    end one, by being predicted, and how to begin one, as it does when text is generated from nothing.
     """
-    info = read_data_folder(folder)
-    tokenizer, block_size = info["tokenizer"], info["block_size"]
-    problems, shards = [], []
-    files: dict[str, list[TokenRows]] = {"train": [], "validation": []}
-    if tokenizer_fingerprint not in (None, tokenizer["fingerprint"]):
-        problems.append(
-            f"{folder} was made with a tokenizer of the fingerprint {tokenizer['fingerprint'][:16]}..., the one to be "
-            f"used has {tokenizer_fingerprint[:16]}...: its vocabulary is another"
-        )
-    for split, opened in files.items():
-        for shard in info["splits"][split]["shards"]:
-            shards.append(shard)
-            try:
-                opened.append(open_arrow_shard(folder / shard["file"], shard, block_size, tokenizer["vocab_size"]))
-            except UserError as error:
-                problems += error.problems
-    if problems:
-        raise UserError(*problems)
+    index = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+    starts = torch.where(input_ids == document_token_id, index, 0).cummax(-1).values
+    return index - starts
 
-    def check() -> list[str]:
-        with ThreadPoolExecutor(usable_cores()) as pool:
-            return list(filter(None, pool.map(checksum_problem, (folder / shard["file"] for shard in shards), shards)))
 
-    source = info["source"]["train"]
-    return DataFolder(
-        name=Path(source["name"]).name if Path(source["name"]).is_absolute() else source["name"],
-        revision=source["revision"],
-        config=source.get("config"),
-        block_size=block_size,
-        fingerprint=hashlib.sha256(json.dumps(info["splits"]["train"]["shards"]).encode()).hexdigest(),
-        check=check,
-        **{split: PackedDataset(opened, dict(info["splits"][split])) for split, opened in files.items()},
-    )
+def num_targets(labels: torch.Tensor) -> torch.Tensor:
+    """How many tokens a loss over labels (B, T) counts: the first of a row has nothing before it to be told from."""
+    return (labels[:, 1:] != -100).sum()

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from pretraining.data.documents import Corpus
+from pretraining.data.packed_rows import full_rows
 from pretraining.errors import UserError, counted
 from pretraining.files import sha256_of
 from pretraining.tokenization.encoding import encode_documents
@@ -178,7 +179,7 @@ class ShardWriter:
     Writes one split: `add` token ids of any length, get full rows in `shard-00000.arrow`, `shard-00001.arrow`, ...
 
     The bytes depend only on the ids and on the arguments, not on how the ids were handed over. It holds
-    one record batch in memory, however much is written.
+    one record batch and one document in memory, however much is written.
     """
 
     def __init__(self, folder: Path, block_size: int, vocab_size: int, shard_tokens: int):
@@ -193,42 +194,47 @@ class ShardWriter:
         self.shards: list[dict] = []
         self._stream: pa.ipc.RecordBatchStreamWriter | None = None  # the Arrow stream of the shard being written
         self._rows_in_shard = 0
-        self._buffer = np.empty(ROWS_PER_RECORD_BATCH * block_size, self.dtype)
-        self._buffered = 0
+        self._tokens: list[np.ndarray] = []  # not written yet
+        self._num_tokens = 0
 
     @property
     def rows(self) -> int:
         return sum(shard["rows"] for shard in self.shards) + self._rows_in_shard
 
     def add(self, token_ids: np.ndarray) -> None:
-        while len(token_ids):
-            # A record batch ends where its shard does, so that all of a shard's but the last are of one size.
-            rows = min(ROWS_PER_RECORD_BATCH, self.rows_per_shard - self._rows_in_shard)
-            room = rows * self.block_size - self._buffered
-            part, token_ids = token_ids[:room], token_ids[room:]
-            self._buffer[self._buffered : self._buffered + len(part)] = part
-            self._buffered += len(part)
-            if self._buffered == rows * self.block_size:
-                self._write_rows(rows)
+        self._tokens.append(token_ids)
+        self._num_tokens += len(token_ids)
+        if self._num_tokens >= ROWS_PER_RECORD_BATCH * self.block_size:
+            self._write_rows()
 
     def close(self) -> int:
         """Write what is left. Returns the number of tokens in the last, short row, which is dropped."""
-        rows, dropped = divmod(self._buffered, self.block_size)
-        if rows:
-            self._write_rows(rows)
+        if self._tokens:
+            self._write_rows(is_end=True)
         self._close_shard()
-        return dropped
+        return self._num_tokens
 
-    def _write_rows(self, rows: int) -> None:
-        """The first rows of the buffer as a record batch; what is behind them is forgotten."""
+    def _write_rows(self, is_end: bool = False) -> None:
+        """Write the full rows among the tokens at hand as record batches of a full size; at the end, all of them."""
+        rows, rest = full_rows(np.concatenate(self._tokens, dtype=self.dtype, casting="safe"), self.block_size)
+        while len(rows):
+            # A record batch ends where its shard does.
+            size = min(ROWS_PER_RECORD_BATCH, self.rows_per_shard - self._rows_in_shard)
+            if len(rows) < size and not is_end:
+                break
+            self._write_record_batch(rows[:size])
+            rows = rows[size:]
+        rest = np.append(rows, rest)
+        self._tokens, self._num_tokens = [rest], len(rest)
+
+    def _write_record_batch(self, rows: np.ndarray) -> None:
         import pyarrow as pa
 
         if self._stream is None:
             self._stream = pa.ipc.new_stream(self._shard_path(), self.schema)
-        column = pa.FixedSizeListArray.from_arrays(pa.array(self._buffer[: rows * self.block_size]), self.block_size)
+        column = pa.FixedSizeListArray.from_arrays(pa.array(rows.ravel()), self.block_size)
         self._stream.write_batch(pa.record_batch([column], schema=self.schema))
-        self._rows_in_shard += rows
-        self._buffered = 0
+        self._rows_in_shard += len(rows)
         if self._rows_in_shard == self.rows_per_shard:
             self._close_shard()
 

@@ -19,9 +19,8 @@ from torch.utils.data import IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerBase
 
 from pretraining.data.documents import Corpus, open_texts
-from pretraining.data.packed_rows import PackedDataset, open_loader
+from pretraining.data.packed_rows import PackedDataset, full_rows, open_loader
 from pretraining.data.row_order import SourceOrder, StepSplit
-from pretraining.data.shards import TokenRows
 from pretraining.data.sources import Source
 from pretraining.data.training_data import DEFAULT_BLOCK_SIZE, Batches, TrainingData, digest, with_shares
 from pretraining.data.validation_split import is_for_validation
@@ -92,7 +91,7 @@ class RowStream:
 
     def _read(self) -> None:
         """The next documents' tokens, after what the rows have left of those at hand."""
-        self._leftover = self._tokens[len(self._tokens) // self.block_size * self.block_size :]
+        _, self._leftover = full_rows(self._tokens, self.block_size)
         self._tokens, self._row, self._upstream = self._leftover, 0, self._next_upstream
         texts = next(self._reads, None)
         if texts is None:
@@ -296,11 +295,10 @@ def validation_rows(
             if read >= limit:
                 break
     ids = np.concatenate(tokens) if tokens else np.empty(0, np.uint16)
-    num_rows = len(ids) // block_size
-    if not num_rows:
+    rows, _ = full_rows(ids, block_size)
+    if not len(rows):
         raise UserError(
             f"the validation text is {len(ids)} tokens in {counted(documents, 'document')}, less than one row of "
             f"--block_size {block_size}: give more text, a larger --validation_split_percentage or a --validation_file"
         )
-    rows = ids[: num_rows * block_size].reshape(-1, 1, block_size)
-    return PackedDataset([TokenRows(rows, num_rows)], {"documents": documents, "tokens": len(ids), "bytes": size})
+    return PackedDataset([rows], {"documents": documents, "tokens": len(ids), "bytes": size})

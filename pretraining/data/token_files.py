@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from pretraining.data.packed_rows import DataFolder, PackedDataset
-from pretraining.data.shards import TokenRows
+from pretraining.data.data_folder import DataFolder
+from pretraining.data.packed_rows import PackedDataset, full_rows
 from pretraining.errors import UserError
 from pretraining.tokenization.byte_level_bpe import bytes_of_tokens
 
@@ -71,8 +71,8 @@ def open_borrowed_folder(folder: Path, tokenizer: PreTrainedTokenizerBase, block
     )
 
 
-def _open_token_files(folder: Path, paths: dict[str, list[Path]], block_size: int) -> dict[str, list[TokenRows]]:
-    files: dict[str, list[TokenRows]] = {"train": [], "validation": []}
+def _open_token_files(folder: Path, paths: dict[str, list[Path]], block_size: int) -> dict[str, list[np.ndarray]]:
+    files: dict[str, list[np.ndarray]] = {"train": [], "validation": []}
     problems: list[str] = []
     for split, opened in files.items():
         for path in paths[split]:
@@ -98,9 +98,9 @@ def _count(
         sizes: bytes of text by token id.
     """
     problems, documents, size = [], 0, 0
-    for path, rows in zip(paths, dataset.files, strict=True):
+    for path, rows in zip(paths, dataset.parts, strict=True):
         for start in range(0, len(rows), ROWS_PER_READ):
-            ids = rows.batches[start : start + ROWS_PER_READ]
+            ids = rows[start : start + ROWS_PER_READ]
             largest = int(ids.max())
             if largest >= len(tokenizer):
                 problems.append(
@@ -114,12 +114,12 @@ def _count(
     return problems
 
 
-def _open_token_file(path: Path, block_size: int) -> TokenRows:
+def _open_token_file(path: Path, block_size: int) -> np.ndarray:
     tokens = _open_npy(path) if path.suffix == ".npy" else _open_bin(path)
-    num_rows = len(tokens) // block_size
-    if not num_rows:
+    rows, _ = full_rows(tokens, block_size)
+    if not len(rows):
         raise UserError(f"{path} has {len(tokens)} tokens, less than one row of --block_size {block_size}")
-    return TokenRows(tokens[: num_rows * block_size].reshape(-1, 1, block_size), num_rows)
+    return rows
 
 
 def _open_npy(path: Path) -> np.ndarray:

@@ -16,9 +16,9 @@ from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from pretraining.data.packed_rows import DataFolder, PackedDataset, concatenate, open_data_folder, training_batches
+from pretraining.data.data_folder import DATASET_FILE, DataFolder, open_data_folder, read_data_folder
+from pretraining.data.packed_rows import PackedDataset, concatenate, training_batches
 from pretraining.data.row_order import RowOrder, StepSplit
-from pretraining.data.shards import DATASET_FILE, read_data_folder
 from pretraining.data.sources import Source
 from pretraining.data.token_files import open_borrowed_folder, token_files
 from pretraining.distributed.processes import on_every_process

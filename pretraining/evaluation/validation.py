@@ -6,8 +6,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from pretraining.data.model_inputs import ModelInputs, num_targets
-from pretraining.data.packed_rows import PackedDataset
+from pretraining.data.packed_rows import ModelInputs, PackedDataset, num_targets
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from huggingface_hub import DatasetCard, DatasetCardData, HfApi
 
-from pretraining.data.shards import DATASET_FILE, checksum_problem, read_data_folder
+from pretraining.data.data_folder import DATASET_FILE, checksum_problem, read_data_folder
 from pretraining.errors import UserError
 from pretraining.hub import create_repository, hub_errors_as_user_errors
 from pretraining.markdown import table

@@ -11,7 +11,7 @@ from accelerate.utils import gather_object
 from torch import nn
 from torch.optim import Optimizer
 
-from pretraining.data.model_inputs import num_targets
+from pretraining.data.packed_rows import num_targets
 from pretraining.data.row_order import StepSplit
 from pretraining.data.training_data import TrainingData
 from pretraining.distributed.processes import is_sharded

@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig
 
 from pretraining import hardware
 from pretraining.checkpoints.identity import identity
-from pretraining.data.model_inputs import ModelInputs
+from pretraining.data.packed_rows import ModelInputs
 from pretraining.data.row_order import StepSplit, accumulation_steps
 from pretraining.data.training_data import TrainingData, open_packed
 from pretraining.distributed.launcher import told_precision

@@ -21,7 +21,7 @@ from support.processes import Running, start, wait_until
 from transformers import AutoTokenizer
 
 import prepare_data
-from pretraining.data.packed_rows import open_data_folder
+from pretraining.data.data_folder import open_data_folder
 from pretraining.data.packing import ShardWriter
 from pretraining.data.row_order import RowOrder
 from pretraining.data.validation_split import split_documents
@@ -345,9 +345,16 @@ def test_rows_are_read_as_they_were_written_across_shards(packed):
 
 def test_ids_beyond_65535_get_a_wider_type(tmp_path):
     writer = ShardWriter(tmp_path / "train", block_size=2, vocab_size=70_000, shard_tokens=100)
-    writer.add(np.array([1, 69_999, 2, 3, 4]))
+    writer.add(np.array([1, 69_999, 2, 3, 4], dtype="uint32"))
     assert writer.close() == 1
     assert Dataset.from_file(str(tmp_path / "train/shard-00000.arrow"))["input_ids"][:] == [[1, 69_999], [2, 3]]
+
+
+def test_ids_are_never_cut_to_a_narrower_type(tmp_path):
+    writer = ShardWriter(tmp_path / "train", block_size=2, vocab_size=60_000, shard_tokens=100)
+    writer.add(np.array([1, 69_999], dtype="uint32"))
+    with pytest.raises(TypeError, match="uint32"):
+        writer.close()
 
 
 def test_a_truncated_or_missing_shard_is_refused_by_name(packed, tmp_path):

@@ -16,9 +16,9 @@ from support.processes import run_ranks
 from support.tiny_models import randomise, stock_model_with_the_weights_of, tiny_model
 from transformers import AutoTokenizer
 
-from pretraining.data import shards
-from pretraining.data.model_inputs import document_positions
-from pretraining.data.packed_rows import open_data_folder
+from pretraining.data import data_folder
+from pretraining.data.data_folder import open_data_folder
+from pretraining.data.packed_rows import document_positions
 from pretraining.data.row_order import ROWS_PER_ROUND, RowOrder, SourceOrder
 from pretraining.data.sources import Source
 from pretraining.data.training_data import open_packed
@@ -112,13 +112,13 @@ def test_a_damaged_data_folder_stops_the_run_before_a_row_is_used(damage, messag
 
 def tell_reads() -> None:
     """Have a process say which shards it reads through."""
-    read = shards.sha256_of
+    read = data_folder.sha256_of
 
     def told(path):
         sys.stdout.write(f"reads {path.name}\n")  # in one piece: several threads do
         return read(path)
 
-    shards.sha256_of = told
+    data_folder.sha256_of = told
 
 
 def test_every_shard_is_read_once_on_a_machine_whatever_the_number_of_processes(small_shards, tmp_path):
@@ -169,7 +169,7 @@ def test_a_damaged_description_is_one_line(change, small_shards, tmp_path):
 
 def test_rows_of_many_small_files_are_those_of_one_large(small_shards, data_dir):
     small, large = open_data_folder(small_shards), open_data_folder(data_dir)
-    assert len(small.train.files) > 5 and len(large.train.files) == 1
+    assert len(small.train.parts) > 5 and len(large.train.parts) == 1
     assert np.array_equal(all_rows(small.train), all_rows(large.train))
     indices = np.random.default_rng(0).integers(len(small.train), size=100).tolist()
     assert torch.equal(small.train.__getitems__(indices), large.train.__getitems__(indices))

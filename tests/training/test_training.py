@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 
 import modeling_gpt2scratch  # noqa: F401  registers the model type
 import train_accelerate
-from pretraining.data.packed_rows import open_data_folder
+from pretraining.data.data_folder import open_data_folder
 from pretraining.data.row_order import RowOrder
 from pretraining.optimization.optimizer import build_optimizer
 from pretraining.optimization.schedule import learning_rate_factor

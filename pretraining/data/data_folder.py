@@ -1,41 +1,92 @@
 """
-A data folder's files: its dataset.json, and its shards, Arrow files of rows of token ids, written once and then read
-in any order through the memory map.
+A data folder, as prepare_data.py writes it: its dataset.json, and its shards, Arrow files of rows of token ids. They
+are written once and then read in any order through memory maps.
 """
 
+import hashlib
 import json
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from pretraining.data.packed_rows import PackedDataset
 from pretraining.errors import UserError
 from pretraining.files import sha256_of
+from pretraining.hardware import usable_cores
 from pretraining.tokenization.tokenizer import token_dtype
 
 DATASET_FILE = "dataset.json"  # what describes a data folder
 FORMAT_VERSION = 1
 
 
-@dataclass(frozen=True)
-class TokenRows:
+@dataclass
+class DataFolder:
     """
-    The rows of one file, memory-mapped.
+    An opened folder of packed rows.
 
     Attributes:
-        batches: a view (batches, rows per batch, block_size) into the file. Of the last batch only the rows below
-            `num_rows` are there.
+        name, revision, config: of the text that it was made from; the last is a configuration of a dataset.
+        fingerprint: sha256 of what identifies the training rows.
+        check: reads every file once and returns what is wrong with them, an empty list if nothing is. It may fill in
+            statistics that only that reading tells.
     """
 
-    batches: np.ndarray
-    num_rows: int
+    name: str
+    revision: str
+    block_size: int
+    fingerprint: str
+    train: PackedDataset
+    validation: PackedDataset
+    check: Callable[[], list[str]]
+    config: str | None = None
 
-    def __len__(self) -> int:
-        return self.num_rows
 
-    def __getitem__(self, row: int) -> np.ndarray:
-        """Return a view of one row (block_size,)."""
-        return self.batches[divmod(row, self.batches.shape[1])]
+def open_data_folder(folder: Path, tokenizer_fingerprint: str | None = None) -> DataFolder:
+    """
+    A folder that prepare_data.py wrote, mapped into memory. Its bytes are not read yet: that is what `check` is for.
+
+    Args:
+        tokenizer_fingerprint: of the tokenizer that is to be used, if it is not the folder's own.
+
+    Raises:
+        UserError: with everything about it that is not as its dataset.json says.
+    """
+    info = read_data_folder(folder)
+    tokenizer, block_size = info["tokenizer"], info["block_size"]
+    problems, shards = [], []
+    parts: dict[str, list[np.ndarray]] = {"train": [], "validation": []}
+    if tokenizer_fingerprint not in (None, tokenizer["fingerprint"]):
+        problems.append(
+            f"{folder} was made with a tokenizer of the fingerprint {tokenizer['fingerprint'][:16]}..., the one to be "
+            f"used has {tokenizer_fingerprint[:16]}...: its vocabulary is another"
+        )
+    for split, opened in parts.items():
+        for shard in info["splits"][split]["shards"]:
+            shards.append(shard)
+            try:
+                opened += open_arrow_shard(folder / shard["file"], shard, block_size, tokenizer["vocab_size"])
+            except UserError as error:
+                problems += error.problems
+    if problems:
+        raise UserError(*problems)
+
+    def check() -> list[str]:
+        with ThreadPoolExecutor(usable_cores()) as pool:
+            return list(filter(None, pool.map(checksum_problem, (folder / shard["file"] for shard in shards), shards)))
+
+    source = info["source"]["train"]
+    return DataFolder(
+        name=Path(source["name"]).name if Path(source["name"]).is_absolute() else source["name"],
+        revision=source["revision"],
+        config=source.get("config"),
+        block_size=block_size,
+        fingerprint=hashlib.sha256(json.dumps(info["splits"]["train"]["shards"]).encode()).hexdigest(),
+        check=check,
+        **{split: PackedDataset(opened, dict(info["splits"][split])) for split, opened in parts.items()},
+    )
 
 
 def read_data_folder(folder: Path) -> dict:
@@ -84,12 +135,15 @@ def _check_description(info: dict) -> None:
             raise LookupError(f"{name} is not in the folder")
 
 
-def open_arrow_shard(path: Path, described: dict, block_size: int, vocab_size: int) -> TokenRows:
+def open_arrow_shard(path: Path, described: dict, block_size: int, vocab_size: int) -> list[np.ndarray]:
     """
     Map a shard of a data folder into memory, checking all that costs no reading of it.
 
     Args:
         described: its entry in dataset.json.
+
+    Returns:
+        Its record batches, each (rows, block_size).
 
     Raises:
         UserError: if it is missing, or of another size, kind, row length or number of rows than described.
@@ -112,7 +166,7 @@ def open_arrow_shard(path: Path, described: dict, block_size: int, vocab_size: i
     if found != expected:
         has, wanted = ("{} rows of {} tokens of type {}".format(*each) for each in (found, expected))
         raise UserError(f"{path} has {has}, dataset.json has {wanted}: prepare the data again")
-    return TokenRows(_evenly_spaced(path, batches, block_size), described["rows"])
+    return [batch.reshape(-1, block_size) for batch in batches]
 
 
 def checksum_problem(path: Path, described: dict) -> str | None:
@@ -121,20 +175,3 @@ def checksum_problem(path: Path, described: dict) -> str | None:
     if found == described["sha256"]:
         return None
     return f"{path} is damaged: its sha256 is {found}, dataset.json has {described['sha256']}; prepare the data again"
-
-
-def _evenly_spaced(path: Path, batches: list[np.ndarray], block_size: int) -> np.ndarray:
-    """
-    The record batches of a mapped file as one view (batches, rows per batch, block_size). All of them but the last
-    are of one size, and so lie at even distances; a view of each would make a batch of rows a loop in Python.
-    """
-    first = batches[0]
-    starts = np.array([batch.ctypes.data for batch in batches])
-    distances = np.diff(starts)
-    sizes = {len(batch) for batch in batches[:-1]} or {len(first)}
-    if len(set(distances)) > 1 or sizes != {len(first)} or len(batches[-1]) > len(first):
-        raise UserError(f"{path} is not laid out as prepare_data.py does it: prepare the data again")
-    distance = int(distances[0]) if len(batches) > 1 else first.nbytes
-    shape = (len(batches), len(first) // block_size, block_size)
-    strides = (distance, block_size * first.itemsize, first.itemsize)
-    return np.lib.stride_tricks.as_strided(first, shape, strides, writeable=False)
