@@ -23,7 +23,7 @@ from pretraining.cli import flag, parse_arguments, problems_of_range, run_script
 from pretraining.data.data_folder import DATASET_FILE, FORMAT_VERSION, read_data_folder
 from pretraining.data.documents import Corpus, embedded_corpus, open_texts
 from pretraining.data.packing import PackingProgress, PackingSizes, pack
-from pretraining.data.sources import Source
+from pretraining.data.sources import TextFlags
 from pretraining.data.validation_split import split_documents
 from pretraining.errors import UserError, counted
 from pretraining.files import folder_in_progress
@@ -44,16 +44,9 @@ NEUTRAL = """output_dir dataset_name dataset_config_name dataset_revision train_
 
 
 @dataclass
-class SourceFlags:
+class SourceFlags(TextFlags):
     _argument_group_name = "text: the standard library of Python, unless one of these names another"
 
-    dataset_name: str | None = flag(None, "a dataset on the Hugging Face Hub")
-    dataset_config_name: str | None = flag(None, "its configuration, such as sample-10BT")
-    dataset_revision: str | None = flag(None, "the commit, tag or branch of it to read")
-    train_file: str | None = flag(None, "files, as a glob: .txt (a document a file), .jsonl or .parquet")
-    validation_file: str | None = flag(None, "files for validation; else a part of the training text is kept back")
-    text_column: str = flag("text", "the column that holds the text")
-    validation_split_percentage: int = flag(5, "percentage of the documents that is kept back for validation")
     seed: int = flag(42, "decides which documents are for validation")
     max_train_tokens: int | None = flag(
         None, "stop after the document that makes them so many tokens of training text"
@@ -90,13 +83,12 @@ class PrepareArguments(OutputFlags, TokenizerFlags, SourceFlags):
             found.append("--output_dir is required: the data folder to write")
         if self.dataset_name and self.train_file:
             found.append("--dataset_name and --train_file are two sources: give one of them")
-        found += Source.of(self).problems_of_text()
+        found += self.problems_of_text() + self.problems_of_split()
         if self.hub_private_repo and not self.push_to_hub:
             found.append("--hub_private_repo is for --push_to_hub: give both")
         if self.tokenizer_vocab_size < SMALLEST_VOCABULARY:
             least = f"{SMALLEST_VOCABULARY} (the bytes and the end of text)"
             found.append(f"--tokenizer_vocab_size must be at least {least}, got {self.tokenizer_vocab_size}")
-        found += problems_of_range(self, ["validation_split_percentage"], 1, 50)
         found += problems_of_range(self, ["block_size"], 2)
         return found + problems_of_range(self, ["max_train_tokens", "num_proc", "shard_tokens"], 1)
 
@@ -169,8 +161,7 @@ def prepare(
 
 def read_sources(args: PrepareArguments) -> tuple[Corpus, Corpus | None]:
     """The text for training, and that for validation if it is given apart."""
-    source = Source.of(args)
-    return open_texts(source) if source.train_file or source.dataset_name else (embedded_corpus(), None)
+    return open_texts(args) if args.train_file or args.dataset_name else (embedded_corpus(), None)
 
 
 def already_prepared(output_dir: Path, args: PrepareArguments, source: dict) -> bool:

@@ -27,7 +27,7 @@ from modeling_gpt2scratch import GPT2ScratchForCausalLM
 from pretraining.cli import flag, parse_arguments, run_script
 from pretraining.errors import UserError, one_line
 from pretraining.files import folder_in_progress
-from pretraining.hub import create_repository, problems_of_license, problems_of_repository
+from pretraining.hub import HubFlags, create_repository
 from pretraining.publishing.card_edits import converted_card
 from pretraining.publishing.formats import STOCK, write_gguf, write_onnx, write_stock
 from pretraining.publishing.model_card import CARD, title_of
@@ -53,18 +53,6 @@ class FormatFlags:
 
 
 @dataclass
-class HubFlags:
-    _argument_group_name = "the Hub"
-
-    push_to_hub: bool = flag(False, "publish it on the Hub")
-    hub_model_id: str | None = flag(None, "under this name; that of the folder if left out")
-    hub_private_repo: bool = flag(False, "make the repository a private one, if it is not there yet")
-    license: str | None = flag(
-        None, "of the weights, for the model card, as the Hub names it; as the card has it if left out"
-    )
-
-
-@dataclass
 class PublishArguments(HubFlags, FormatFlags):
     """All flags, those of the last class first."""
 
@@ -83,11 +71,11 @@ class PublishArguments(HubFlags, FormatFlags):
             found.append("nothing to do: give --push_to_hub, or a --format and an --output_dir")
         if self.outtype != "f32" and self.format != "gguf":
             found.append(f"--outtype {self.outtype} is for --format gguf")
-        found += problems_of_repository(self)
+        found += self.problems_of_hub()
         missing = [name for name in PACKAGES.get(self.format or "", ()) if find_spec(name) is None]
         if missing:
             found.append(f"--format {self.format}: a package is not installed, pip install {' '.join(missing)}")
-        return found + problems_of_license(self.license)
+        return found
 
 
 def problems_of_model(folder: str | None, format: str | None) -> list[str]:

@@ -3,12 +3,13 @@
 import contextlib
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import HfApi, ModelCard, constants
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
+from pretraining.cli import flag
 from pretraining.errors import UserError, one_line
 
 LICENSE = "mit"  # of the weights, unless --license says otherwise
@@ -30,13 +31,31 @@ def check_name(name: str) -> None:
         raise FileNotFoundError("there is no such folder")
 
 
-def problems_of_repository(args: Any) -> list[str]:
-    """Of the flags that say where on the Hub a model is to be."""
-    found = ["--hub_model_id is empty"] if args.hub_model_id == "" else []
-    if args.push_to_hub:
+@dataclass
+class HubFlags:
+    """The flags of a script that publishes a model."""
+
+    _argument_group_name = "the Hub"
+
+    push_to_hub: bool = flag(False, "publish the model on the Hub")
+    hub_model_id: str | None = flag(None, "under this name; that of its folder if left out")
+    hub_private_repo: bool = flag(False, "make the repository a private one, if it is not there yet")
+    license: str | None = flag(
+        None, f"of the weights, as the Hub names it; if left out, as the model card has it, {LICENSE} in a new one"
+    )
+
+    def problems_of_hub(self) -> list[str]:
+        """Return a message for each flag that is given without the flag that it needs, or is not as the Hub has it."""
+        found = ["--hub_model_id is empty"] if self.hub_model_id == "" else []
+        if not self.push_to_hub:
+            given = [name for name in ("hub_model_id", "hub_private_repo") if getattr(self, name)]
+            found += [f"--{name} {getattr(self, name)} is for --push_to_hub: give both" for name in given]
+        # The Hub's names are of small letters, digits, points and dashes.
+        if self.license is not None and not re.fullmatch(r"[a-z0-9.+-]+", self.license):
+            found.append(
+                f"--license {self.license} is not a name as the Hub has them, such as mit, apache-2.0 or cc-by-4.0"
+            )
         return found
-    given = [name for name in ("hub_model_id", "hub_private_repo") if getattr(args, name)]
-    return found + [f"--{name} {getattr(args, name)} is for --push_to_hub: give both" for name in given]
 
 
 @contextlib.contextmanager
@@ -78,10 +97,3 @@ def create_repository(repo_id: str, private: bool, license: str | None = None, r
         if license:
             ModelCard(f"---\nlicense: {license}\n---\n").validate()
     return repo_id
-
-
-def problems_of_license(license: str | None) -> list[str]:
-    """What is wrong with a licence's name: the Hub's are of small letters, digits, points, dashes."""
-    if license is None or re.fullmatch(r"[a-z0-9.+-]+", license):
-        return []
-    return [f"--license {license} is not a name as the Hub has them, such as mit, apache-2.0 or cc-by-4.0"]

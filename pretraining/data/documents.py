@@ -23,7 +23,7 @@ from datasets.distributed import split_dataset_by_node
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
-from pretraining.data.sources import Source
+from pretraining.data.sources import TextSource
 from pretraining.errors import UserError, one_line
 
 # datasets logs what it could not read before it raises; the error says it once.
@@ -166,7 +166,7 @@ def embedded_corpus() -> Corpus:
     )
 
 
-def open_texts(source: Source) -> tuple[Corpus, Corpus | None]:
+def open_texts(source: TextSource) -> tuple[Corpus, Corpus | None]:
     """The text of a source for training, and that for validation if it is given apart."""
     if not source.train_file:
         config, revision = source.dataset_config_name, source.dataset_revision

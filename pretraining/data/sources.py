@@ -1,15 +1,47 @@
-"""Several sources in one training run: what flags and recipes say of them."""
+"""Sources of text and rows, as flags and recipes name them."""
 
 import contextlib
 from dataclasses import dataclass, fields
 
 import yaml
 
+from pretraining.cli import flag, problems_of_range
 from pretraining.errors import UserError, nearest, one_line
 
 
-@dataclass(frozen=True)
-class Source:
+@dataclass
+class TextSource:
+    """A dataset on the Hub, or files of text."""
+
+    dataset_name: str | None = flag(None, "a dataset on the Hugging Face Hub")
+    dataset_config_name: str | None = flag(None, "its configuration, such as sample-10BT")
+    dataset_revision: str | None = flag(None, "the commit, tag or branch of it to read")
+    train_file: str | None = flag(None, "files, as a glob: .txt (a document a file), .jsonl or .parquet")
+    validation_file: str | None = flag(None, "files for validation; else a part of the training text is kept back")
+    text_column: str = flag("text", "the column that holds the text")
+
+    def problems_of_text(self) -> list[str]:
+        """Return a message for each flag that is given without the flag that it needs."""
+        found = []
+        if (self.dataset_config_name or self.dataset_revision) and not self.dataset_name:
+            found.append("--dataset_config_name and --dataset_revision need --dataset_name")
+        if self.validation_file and not self.train_file:
+            found.append("--validation_file needs --train_file")
+        return found
+
+
+@dataclass
+class TextFlags(TextSource):
+    """The flags of a script that reads text."""
+
+    validation_split_percentage: int = flag(5, "percentage of the documents that is kept back for validation")
+
+    def problems_of_split(self) -> list[str]:
+        return problems_of_range(self, ["validation_split_percentage"], 1, 50)
+
+
+@dataclass
+class Source(TextSource):
     """
     One entry under `mixture:` in a recipe, or the one source that the flags of the same names give.
 
@@ -18,12 +50,6 @@ class Source:
     """
 
     data_dir: str | None = None
-    dataset_name: str | None = None
-    dataset_config_name: str | None = None
-    dataset_revision: str | None = None
-    text_column: str = "text"
-    train_file: str | None = None
-    validation_file: str | None = None
     weight: float = 1.0
 
     @classmethod
@@ -50,15 +76,6 @@ class Source:
                 found.append(f"{field.name} of a source must be a text, got {value}")
         if not isinstance(self.weight, float) or not 0 < self.weight < float("inf"):
             found.append(f"the weight of {self.name} must be a number above 0, got {self.weight}")
-        return found
-
-    def problems_of_text(self) -> list[str]:
-        """Of the flags that only go with another one."""
-        found = []
-        if (self.dataset_config_name or self.dataset_revision) and not self.dataset_name:
-            found.append("--dataset_config_name and --dataset_revision need --dataset_name")
-        if self.validation_file and not self.train_file:
-            found.append("--validation_file needs --train_file")
         return found
 
 

@@ -9,9 +9,9 @@ from typing import Literal
 from pretraining.checkpoints.identity import CHANGEABLE
 from pretraining.cli import flag, problems_of_range
 from pretraining.data.row_order import SourceOrder
-from pretraining.data.sources import Source, parse_mixture
+from pretraining.data.sources import Source, TextFlags, parse_mixture
 from pretraining.errors import UserError
-from pretraining.hub import problems_of_license, problems_of_repository
+from pretraining.hub import HubFlags
 from pretraining.optimization.optimizer import Optim
 from pretraining.optimization.schedule import LRSchedulerType
 
@@ -32,22 +32,15 @@ NEUTRAL = """output_dir data_dir dataset_name dataset_config_name dataset_revisi
 
 
 @dataclass
-class DataFlags:
-    _argument_group_name = "data: packed shards or text to stream, one source or a mixture"
+class DataFlags(TextFlags):
+    _argument_group_name = "data: packed rows, or with --streaming text; one source or a mixture"
 
     data_dir: str | None = flag(
         None, "a data folder made by prepare_data.py, or token files of build-nanogpt, llm.c, nanoGPT"
     )
-    dataset_name: str | None = flag(
-        None, "a dataset on the Hub: packed by prepare_data.py, or with --streaming, of text"
+    streaming: bool = flag(
+        False, "tokenise and pack text while training; else a --dataset_name is one that prepare_data.py packed"
     )
-    dataset_config_name: str | None = flag(None, "its configuration, such as sample-10BT")
-    dataset_revision: str | None = flag(None, "the commit, tag or branch of it to read")
-    streaming: bool = flag(False, "tokenise and pack text while training")
-    train_file: str | None = flag(None, "with --streaming: text files, as a glob of .txt, .jsonl or .parquet")
-    validation_file: str | None = flag(None, "with --train_file: text for validation; else documents are kept back")
-    validation_split_percentage: int = flag(5, "with --streaming: percentage of the documents that is kept back")
-    text_column: str = flag("text", "with --streaming: the column that holds the text")
     mixture: list[str] | None = flag(
         None, "several sources, each a mapping of the flags above and a weight: '{data_dir: data/web, weight: 0.7}'"
     )
@@ -125,6 +118,9 @@ class RunFlags:
     output_dir: str = flag(None, "the run folder to write (required)")
     save_steps: int = flag(500, "steps between checkpoints")
     save_total_limit: int = flag(2, "how many checkpoints to keep, beside the one with the lowest eval_loss")
+    hub_strategy: Literal["end", "checkpoint"] = flag(
+        "end", "with --push_to_hub: publish the final model, or that of each checkpoint too, while training goes on"
+    )
     resume_from_checkpoint: str = flag("auto", "`auto` (continue if there is a checkpoint), a checkpoint, or `none`")
     allow_changes: list[str] = flag(
         [], "what may differ from the checkpoint that the run goes on from", nargs="+", choices=CHANGEABLE
@@ -139,19 +135,6 @@ class RunFlags:
         False, "leave out updates of steps whose loss is 6 standard deviations above the mean of the last 128"
     )
     ddp_timeout: int = flag(1800, "seconds after which a process that the others wait for counts as lost")
-
-
-@dataclass
-class HubFlags:
-    _argument_group_name = "the Hub"
-
-    push_to_hub: bool = flag(False, "publish the model on the Hub")
-    hub_model_id: str | None = flag(None, "under this name; that of the run folder if left out")
-    hub_strategy: Literal["end", "checkpoint"] = flag(
-        "end", "publish the final model, or the model of each checkpoint too, while training goes on"
-    )
-    hub_private_repo: bool = flag(False, "make the repository a private one, if it is not there yet")
-    license: str | None = flag(None, "of the weights, for the model card, as the Hub names it; mit if left out")
 
 
 @dataclass
@@ -179,10 +162,9 @@ class TrainArguments(HubFlags, RunFlags, EvaluationFlags, OptimizationFlags, Mod
             found.append("--hellaswag_file is for --hellaswag_steps: give both")
         if self.hellaswag_file and not Path(self.hellaswag_file).is_file():
             found.append(f"--hellaswag_file {self.hellaswag_file} is not a file")
-        found += problems_of_repository(self)
+        found += self.problems_of_hub()
         if self.hub_strategy != "end" and not self.push_to_hub:
             found.append(f"--hub_strategy {self.hub_strategy} is for --push_to_hub: give both")
-        found += problems_of_license(self.license)
         if "none" in self.report_to and self.trackers():
             found.append(f"--report_to none leaves no place for {', '.join(self.trackers())}")
         for name in self.trackers():
@@ -209,7 +191,7 @@ class TrainArguments(HubFlags, RunFlags, EvaluationFlags, OptimizationFlags, Mod
                 found += error.problems
         if self.streaming and not (self.tokenizer_name or self.model_name_or_path):
             found.append("--streaming needs a --tokenizer_name, such as openai-community/gpt2")
-        return found + problems_of_range(self, ["validation_split_percentage"], 1, 50)
+        return found + self.problems_of_split()
 
     def sources(self) -> list[Source]:
         """What to train on: the entries of --mixture, or the one source that the flags name."""
