@@ -16,24 +16,16 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForCausalLM
 
 import modeling_gpt2scratch  # noqa: F401  registers the model type
 from pretraining import hardware
 from pretraining.cli import flag, parse_arguments, problems_of_range, run_script
 from pretraining.distributed.launcher import told_precision
 from pretraining.distributed.processes import check_launch, open_state
-from pretraining.errors import UserError, one_line
+from pretraining.errors import UserError
 from pretraining.evaluation.hellaswag_items import (
     HELLASWAG,
     HUB_SPLIT,
@@ -47,12 +39,9 @@ from pretraining.evaluation.hellaswag_items import (
 )
 from pretraining.evaluation.hellaswag_scoring import load_metric, score_on_all_processes, summarise
 from pretraining.files import write_text
-from pretraining.hub import check_name
 from pretraining.publishing.card_edits import update_model_card
 from pretraining.publishing.model_card import CARD, hellaswag_results
-
-if TYPE_CHECKING:
-    pass
+from pretraining.training.model import load_model_and_tokenizer
 
 
 @dataclass
@@ -126,7 +115,12 @@ def main() -> None:
     # By all processes at once: downloads are locked, and of a mistake each can say what it is before it ends.
     load = load_items if args.data_file else load_hub_items
     items = load(args.source(), args.limit)
-    model, tokenizer = load_model(args.model_name_or_path, args.model_revision or "main", args.trust_remote_code)
+    model, tokenizer = load_model_and_tokenizer(
+        AutoModelForCausalLM,
+        args.model_name_or_path,
+        revision=args.model_revision or "main",
+        trust_remote_code=args.trust_remote_code,
+    )
     model.to(accelerator.device)
     encoded = encode_items(model.config, tokenizer, items, args.protocol)
     if accelerator.is_main_process and (cut := [item.ind for item in encoded if item.is_cut]):
@@ -170,29 +164,6 @@ def unwritable(path: Path) -> str | None:
     if not parent.is_dir():
         return f"cannot be written: {parent} is not a folder"
     return None if os.access(parent, os.W_OK) else f"cannot be written: no permission to write in {parent}"
-
-
-def load_model(
-    name_or_path: str, revision: str = "main", trust_remote_code: bool = False
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal language model of any type, in eval mode, and its tokenizer."""
-    options = {"revision": revision, "trust_remote_code": trust_remote_code}
-    try:
-        check_name(name_or_path)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(name_or_path, output_loading_info=True, **options)
-        model, report = loaded
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path, **options)
-    except (OSError, ValueError, RuntimeError, ImportError, StrictDataclassError, SafetensorError) as error:
-        if "trust_remote_code" in str(error):
-            raise UserError(
-                f"--model_name_or_path {name_or_path} comes with code of its own: read it, and if it may run here, "
-                "give --trust_remote_code"
-            ) from None
-        kind = "" if Path(name_or_path).is_dir() else "is not a folder, and "
-        raise UserError(f"--model_name_or_path {name_or_path} {kind}cannot be loaded: {one_line(error)}") from None
-    if missing := sorted(report["missing_keys"]):  # transformers leaves them at random and only warns
-        raise UserError(f"--model_name_or_path {name_or_path} lacks {len(missing)} weights, such as {missing[0]}")
-    return model, tokenizer
 
 
 if __name__ == "__main__":

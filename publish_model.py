@@ -17,10 +17,9 @@ import shutil
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from safetensors import SafetensorError
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from modeling_gpt2scratch import GPT2ScratchForCausalLM
@@ -34,6 +33,7 @@ from pretraining.publishing.model_card import CARD, title_of
 from pretraining.publishing.push import published, push, read_card
 from pretraining.publishing.usage import ConvertedFormat
 from pretraining.records.run_files import PLOTS, TRAINING_ARGS
+from pretraining.training.model import load_model_and_tokenizer
 
 PACKAGES = {"gguf": ("gguf",), "onnx": ("onnx", "onnxscript")}  # of the extras of these names
 # What a converted model's folder may hold, whole or not.
@@ -123,7 +123,7 @@ def convert(args: PublishArguments, format: ConvertedFormat, folder: Path, outpu
     Raises:
         UserError: if that cannot be done. There is no half of it then.
     """
-    model, tokenizer = load(folder)
+    model, tokenizer = load_model_and_tokenizer(GPT2ScratchForCausalLM, str(folder))
     card = converted_card(read_card(folder), output_dir, format, model.config, args.outtype, args.license)
     try:
         with folder_in_progress(output_dir, set(CONVERTED)) as part:
@@ -140,24 +140,6 @@ def convert(args: PublishArguments, format: ConvertedFormat, folder: Path, outpu
                     shutil.copyfile(plot, part / PLOTS / plot.name)
     except (OSError, SafetensorError) as error:
         raise UserError(f"--output_dir {output_dir} cannot be written: {one_line(error)}") from error
-
-
-def load(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """
-    Model and tokenizer, by this repository's code.
-
-    Raises:
-        UserError: if they cannot be loaded, or are not of a GPT-2.
-    """
-    try:
-        loaded: Any = GPT2ScratchForCausalLM.from_pretrained(folder, output_loading_info=True)
-        model, report = loaded
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except Exception as error:  # damaged files, another kind of model: of several libraries
-        raise UserError(f"--model_name_or_path {folder} cannot be loaded: {one_line(error)}") from None
-    if missing := sorted(report["missing_keys"]):
-        raise UserError(f"--model_name_or_path {folder} has no weights for {missing[0]} and others")
-    return model.eval(), tokenizer
 
 
 if __name__ == "__main__":

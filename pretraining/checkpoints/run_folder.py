@@ -19,7 +19,7 @@ from pretraining.checkpoints.state import Position
 from pretraining.distributed.processes import on_main_process
 from pretraining.errors import UserError
 from pretraining.files import INCOMPLETE, locked, write_text
-from pretraining.records.run_files import IDENTITY, TRAINING_ARGS, WEIGHTS
+from pretraining.records.run_files import IDENTITY, METRICS, TRAINING_ARGS, WEIGHTS
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,8 @@ def open_run_folder(
 ) -> Iterator[ResumePlan]:
     """
     Make the run folder, or check that the run there is the one to go on with. A new run's training_args.yaml is
-    written here, that of one that goes on by `write_arguments`, when its checkpoint has been loaded.
+    written here, that of one that goes on by `write_arguments`, when its checkpoint has been loaded. A new folder is
+    deleted again if its run turns out to be impossible before its first line of metrics.
 
     Args:
         arguments: every flag.
@@ -52,13 +53,17 @@ def open_run_folder(
     Raises:
         UserError: on all processes, if the folder holds something else, is in use, or has a run that differs.
     """
+    is_new = False
     with contextlib.ExitStack() as stack:
 
         def work() -> ResumePlan:
+            nonlocal is_new
             _check_kind(output_dir)
-            is_new = not output_dir.exists()
             try:
-                output_dir.mkdir(parents=True, exist_ok=True)
+                output_dir.mkdir(parents=True)
+                is_new = True
+            except FileExistsError:
+                pass
             except OSError as error:
                 raise UserError(f"--output_dir {output_dir} cannot be written: {error.strerror}") from None
             stack.enter_context(
@@ -68,12 +73,13 @@ def open_run_folder(
                 return _open(output_dir, arguments, identity, defaults)
             except OSError as error:
                 raise UserError(f"--output_dir {output_dir} cannot be used: {error}") from None
-            except UserError:
-                if is_new:
-                    shutil.rmtree(output_dir)
-                raise
 
-        yield on_main_process(state, work)
+        try:
+            yield on_main_process(state, work)
+        except UserError:
+            if is_new and not (output_dir / METRICS).exists():
+                shutil.rmtree(output_dir, ignore_errors=True)
+            raise
 
 
 def is_finished(output_dir: Path) -> bool:

@@ -1,17 +1,104 @@
-"""The model a run starts from: its config from flags, its weights from scratch or from a checkpoint."""
+"""Models: loaded exactly as their files have them, or made from scratch from flags."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging
 from transformers.utils.hub import has_file
 
 from modeling_gpt2scratch import PRESETS, GPT2ScratchConfig, GPT2ScratchForCausalLM
-from pretraining.errors import UserError, nearest, one_line
+from pretraining.errors import UserError, counted, nearest, one_line
 from pretraining.hub import check_name
 from pretraining.kernels.tiled_attention import TILED
 from pretraining.tokenization.tokenizer import load_tokenizer, tokenizer_fingerprint
+
+
+def load_model(model_class: Any, name_or_path: str, **options: Any) -> PreTrainedModel:
+    """
+    Load a causal language model in eval mode, and refuse weights that are not those of its config. transformers makes
+    missing ones at random, leaves others out, and unties a head that is stored and differs, with a warning at most.
+
+    Args:
+        model_class: one with `from_pretrained`.
+        name_or_path: a folder, or a name on the Hub.
+        options: more arguments of `from_pretrained`.
+
+    Raises:
+        UserError: if it cannot be loaded, or the weights do not fit its config.
+    """
+    flag, verbosity = f"--model_name_or_path {name_or_path}", logging.get_verbosity()
+    logging.set_verbosity_error()  # its report of weights that do not fit, which are refused here
+    try:
+        check_name(name_or_path)
+        loaded: Any = model_class.from_pretrained(
+            name_or_path, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    except Exception as error:  # damaged files, another kind of model: of several libraries
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"{flag} comes with code of its own: read it, and if it may run here, give --trust_remote_code"
+            ) from None
+        kind = "" if Path(name_or_path).is_dir() else "is not a folder, and "
+        raise UserError(f"{flag} {kind}cannot be loaded: {one_line(error)}") from None
+    finally:
+        logging.set_verbosity(verbosity)
+    model, report = loaded
+    if problems := problems_of_weights(model, report):
+        raise UserError(*(f"{flag} {problem}" for problem in problems))
+    return model
+
+
+def problems_of_weights(model: PreTrainedModel, report: dict) -> list[str]:
+    """
+    Args:
+        report: the loading info of `from_pretrained`.
+    """
+    problems = []
+    if missing := sorted(report["missing_keys"]):
+        problems.append(f"lacks {counted(len(missing), 'weight')} that its config.json asks for, such as {missing[0]}")
+    if unexpected := sorted(report["unexpected_keys"]):
+        number = counted(len(unexpected), "weight")
+        problems.append(f"has {number} that its config.json has no place for, such as {unexpected[0]}")
+    if mismatched := sorted(report["mismatched_keys"]):
+        name, found, wanted = mismatched[0]
+        number = counted(len(mismatched), "weight")
+        problems.append(
+            f"has {number} of other shapes than its config.json asks for, such as {name}: {list(found)}, not "
+            f"{list(wanted)}"
+        )
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    is_tied = model.config.get_text_config().tie_word_embeddings
+    if not problems and is_tied and head is not None and head.weight is not embeddings.weight:
+        problems.append(
+            "has an output head that differs from its embeddings, but its config.json ties them: set "
+            "tie_word_embeddings to false there, if the head is to be used"
+        )
+    return problems
+
+
+def load_model_and_tokenizer(
+    model_class: Any, name_or_path: str, **options: Any
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """
+    As `load_model`, with the model's tokenizer.
+
+    Raises:
+        UserError: if either cannot be loaded.
+    """
+    model = load_model(model_class, name_or_path, **options)
+    try:
+        return model, AutoTokenizer.from_pretrained(name_or_path, **options)
+    except Exception as error:  # tokenizers raises nothing more special
+        raise UserError(f"the tokenizer of {name_or_path} cannot be loaded: {one_line(error)}") from None
 
 
 def load_config(
@@ -136,20 +223,19 @@ def build_model(
     config: PreTrainedConfig, model_name_or_path: str | None, attn_implementation: str, gradient_checkpointing: bool
 ) -> PreTrainedModel:
     """
-    The model in training mode, in fp32: under bf16 autocast the weights and the optimizer's sums stay exact.
+    Return the model in training mode, in fp32: under bf16 autocast the weights and the optimizer's sums stay exact.
 
     Raises:
         UserError: if there are no such weights, or the attention implementation is not installed.
     """
-    try:
-        if model_name_or_path:
-            model = GPT2ScratchForCausalLM.from_pretrained(
-                model_name_or_path, attn_implementation=attn_implementation, dtype=torch.float32
-            )
-        else:
+    if model_name_or_path:
+        options = {"attn_implementation": attn_implementation, "dtype": torch.float32}
+        model = load_model(GPT2ScratchForCausalLM, model_name_or_path, **options)
+    else:
+        try:
             model = AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation)
-    except (ImportError, OSError, ValueError) as error:  # an attention that is not installed, or no weights there
-        raise UserError(f"the model cannot be made: {one_line(error)}") from None
+        except (ImportError, ValueError) as error:  # an attention that is not installed
+            raise UserError(f"the model cannot be made: {one_line(error)}") from None
     if gradient_checkpointing:
         model.gradient_checkpointing_enable()
     return model.train()

@@ -22,11 +22,11 @@ from support.tiny_models import tiny_model
 from transformers import AutoModelForCausalLM
 
 import train_accelerate
-from eval_hellaswag import load_model
 from pretraining.distributed.processes import WORLD_SIZES, check_launch
 from pretraining.errors import UserError
 from pretraining.evaluation.hellaswag_items import encode_items, load_items
 from pretraining.evaluation.hellaswag_scoring import score_items, summarise
+from pretraining.training.model import load_model_and_tokenizer
 
 ACCELERATE = Path(sys.executable).with_name("accelerate")
 SAME = {"step", "tokens", "loss", "learning_rate", "eval_loss", "eval_bits_per_byte", "hellaswag_acc", "hellaswag_n"}
@@ -113,7 +113,7 @@ def assert_same_training(output_dir: Path, reference: Path, result: subprocess.C
 
 
 def test_hellaswag_in_the_loop_is_what_its_script_says_of_the_model(flags, reference):
-    model, tokenizer = load_model(str(reference))
+    model, tokenizer = load_model_and_tokenizer(AutoModelForCausalLM, str(reference))
     items = load_items(flags[flags.index("--hellaswag_file") + 1])
     encoded = encode_items(model.config, tokenizer, items, "completion")
     scores = score_items(model, encoded, batch_size=3, as_trees=False)

@@ -19,12 +19,12 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import eval_hellaswag
-from eval_hellaswag import load_model
 from modeling_gpt2scratch import GPT2ScratchConfig, GPT2ScratchForCausalLM
 from pretraining.errors import UserError
 from pretraining.evaluation.hellaswag_items import encode_items, load_items
 from pretraining.evaluation.hellaswag_scoring import can_be_trees, score_items
 from pretraining.tokenization.tokenizer import train_tokenizer
+from pretraining.training.model import load_model_and_tokenizer
 
 WINDOW = 96
 PROTOCOLS = ("completion", "lm_eval")
@@ -247,12 +247,12 @@ def test_what_is_not_a_model_is_refused_in_one_line(tmp_path, model, tokenizer):
     assert "config.json" in refusal(tmp_path)
 
     model.save_pretrained(tmp_path)
-    loaded, _ = load_model(str(tmp_path))
+    loaded, _ = load_model_and_tokenizer(AutoModelForCausalLM, str(tmp_path))
     assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
 
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"n_layer": 3}))
-    assert "lacks 16 weights, such as model.layers.2" in refusal(tmp_path)
+    assert "lacks 16 weights that its config.json asks for, such as model.layers.2" in refusal(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(config | {"n_head": 3}))
     assert "n_embd (32) must be a multiple of n_head (3)" in refusal(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -263,7 +263,7 @@ def test_what_is_not_a_model_is_refused_in_one_line(tmp_path, model, tokenizer):
 
 def refusal(path: Path) -> str:
     with pytest.raises(UserError) as error:
-        load_model(str(path))
+        load_model_and_tokenizer(AutoModelForCausalLM, str(path))
     (problem,) = error.value.problems
     assert str(path) in problem and "\n" not in problem
     return problem
@@ -354,7 +354,7 @@ def test_code_that_comes_with_a_model_runs_only_if_asked_for(tmp_path, tokenizer
     assert refusal(tmp_path).endswith(
         "comes with code of its own: read it, and if it may run here, give --trust_remote_code"
     )
-    model, _ = load_model(str(tmp_path), trust_remote_code=True)
+    model, _ = load_model_and_tokenizer(AutoModelForCausalLM, str(tmp_path), trust_remote_code=True)
     assert type(model).__name__ == "RemoteModel" and type(model) is not RemoteModel
 
 
