@@ -49,7 +49,7 @@ from pretraining.publishing.run_publishing import (
 )
 from pretraining.records.progress import Progress
 from pretraining.records.run_files import EVENTS
-from pretraining.records.run_log import RunLog, send_unsent
+from pretraining.records.run_log import RunLog
 from pretraining.training.bad_steps import (
     FINE,
     NOT_FINITE,
@@ -277,9 +277,7 @@ def run(args: TrainArguments, state: PartialState, signals: StopSignals, watchdo
             state.print(
                 f"{setup.output_dir} holds a finished run; to train again, delete it or choose another --output_dir"
             )
-            # Trackers and the Hub may have been out of reach.
-            send_unsent(setup.accelerator, setup.output_dir, args.trackers(), args.max_steps, asdict(args))
-            if repo_id and state.is_main_process:
+            if repo_id and state.is_main_process:  # the Hub may have been out of reach
                 signals.end_at_once(BEFORE_PUBLISHING)
                 publish_run(args, repo_id)
         else:

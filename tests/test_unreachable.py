@@ -1,11 +1,10 @@
-"""Trackers and a Hub that cannot be reached: training goes on, and what was not sent is sent by the same command."""
+"""Trackers and a Hub that cannot be reached: training goes on, and says what was not sent."""
 
 from conftest import TINY, metrics, script, succeed, train
 from support.hub_server import Hub
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 
-def test_a_tracker_gets_later_what_it_could_not_get(data_dir, tmp_path):
+def test_without_a_tracker_training_goes_on_and_says_what_it_has_not_got(data_dir, tmp_path):
     output_dir = tmp_path / "run"
     output_dir.mkdir()
     (output_dir / "training_args.yaml").write_text("{}\n")  # a run that came to nothing
@@ -13,21 +12,9 @@ def test_a_tracker_gets_later_what_it_could_not_get(data_dir, tmp_path):
     arguments = ("--max_steps", 6, "--eval_steps", 3, "--report_to", "tensorboard")
     result = succeed(train(data_dir, output_dir, *arguments))
     assert "warning: tensorboard failed, the run goes on without it: " in result.stderr
-    assert "tensorboard has nothing of this run: the same command" in result.stderr.splitlines()[-1]
+    last = f"tensorboard has nothing of this run; {output_dir / 'metrics.jsonl'} has everything"
+    assert result.stderr.splitlines()[-1] == last
     assert [line["step"] for line in metrics(output_dir) if "loss" in line] == [1, 2, 3, 4, 5, 6]
-
-    still = succeed(train(data_dir, output_dir, *arguments))  # finished, and still in the way
-    assert "tensorboard has nothing of this run" in still.stderr
-    (output_dir / "tensorboard").unlink()
-    assert "sent: tensorboard" in succeed(train(data_dir, output_dir, *arguments)).stdout
-    sent = EventAccumulator(str(output_dir / "tensorboard")).Reload()
-    for key in ("loss", "grad_norm", "eval_loss"):
-        expected = {line["step"]: line[key] for line in metrics(output_dir) if key in line}
-        found = {event.step: event.value for event in sent.Scalars(key)}
-        assert found.keys() == expected.keys()
-        assert all(abs(found[step] - value) < 1e-6 * value for step, value in expected.items())
-    again = succeed(train(data_dir, output_dir, *arguments))
-    assert "sent" not in again.stdout and "tensorboard" not in again.stderr
 
 
 def test_the_hub_gets_later_what_it_could_not_get(data_dir, tmp_path):

@@ -20,7 +20,7 @@ from pretraining.checkpoints.state import POSITION_FILE
 from pretraining.errors import UserError
 from pretraining.files import INCOMPLETE, sha256_of, sync, write_text
 from pretraining.records.metrics import read_metrics
-from pretraining.records.run_files import EVENTS, IDENTITY, METRICS, TRAINING_ARGS, UNSENT, WEIGHTS
+from pretraining.records.run_files import EVENTS, IDENTITY, METRICS, TRAINING_ARGS, WEIGHTS
 
 MANIFEST = "manifest.json"
 FILES = ("config.json", WEIGHTS, "optimizer.pt", "rng.pt", POSITION_FILE)
@@ -30,7 +30,7 @@ ABANDONED = "abandoned-"
 DELETED = "deleted-"
 # What else has a name with INCOMPLETE while it is made:
 FINAL, HUB = "final", "hub"  # the last model, and a checkpoint on its way to the Hub
-UNFINISHED = (BEST, FINAL, HUB, TRAINING_ARGS, IDENTITY, METRICS, EVENTS, UNSENT)
+UNFINISHED = (BEST, FINAL, HUB, TRAINING_ARGS, IDENTITY, METRICS, EVENTS)
 
 
 def checkpoint_folder(output_dir: Path, step: int) -> Path:

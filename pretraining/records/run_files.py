@@ -5,7 +5,6 @@ TRAINING_ARGS = "training_args.yaml"  # every flag: a recipe that repeats the ru
 IDENTITY = "identity.json"  # what the run may be compared with, see identity.py
 METRICS = "metrics.jsonl"
 EVENTS = "events.jsonl"  # what went wrong on the way
-UNSENT = "unsent.json"  # by tracker, the last step that it got, where it did not get all
 PLOTS = "plots"
 LOSS_PLOT = f"{PLOTS}/loss.png"
 HELLASWAG_PLOT = f"{PLOTS}/hellaswag.png"

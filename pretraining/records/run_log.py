@@ -2,8 +2,6 @@
 What a run leaves to look at: metrics.jsonl, events.jsonl, the progress bar and the trackers. Plots are in plots.py.
 """
 
-import contextlib
-import json
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -14,10 +12,9 @@ from accelerate.tracking import GeneralTracker, TensorBoardTracker, TrackioTrack
 from tqdm import tqdm
 
 from pretraining.errors import one_line
-from pretraining.files import write_text
-from pretraining.records.metrics import CLOCK, append_line, finite, read_metrics, truncate
+from pretraining.records.metrics import CLOCK, append_line, finite, truncate
 from pretraining.records.progress import Progress
-from pretraining.records.run_files import EVENTS, METRICS, UNSENT
+from pretraining.records.run_files import EVENTS, METRICS
 
 PROJECT = "gpt2scratch"
 # What a run that was cut short had sent after its checkpoint, tensorboard drops; the others keep both.
@@ -53,18 +50,17 @@ class RunLog:
         self.is_main = accelerator.is_main_process
         self.output_dir = output_dir
         self.trackers: dict[str, GeneralTracker] = {}
-        self.unsent: dict[str, int] = {}
+        self.lost: dict[str, int] = {}  # by tracker that failed, the last step that it got
         if self.is_main:
             for name in (METRICS, EVENTS):
                 truncate(output_dir / name, first_step, is_due)
-            self.unsent = _read_unsent(output_dir)
             # They take numbers, words and booleans, not lists or None.
             settings = {
                 key: value if isinstance(value, int | float) else str(value) for key, value in settings.items()
             }
             for name in report_to:
-                if not self.attempt(name, partial(self._open, name, output_dir, first_step, settings)):
-                    self._note_unsent(name, first_step)
+                if not self.attempt(name, partial(self._open, name, first_step, settings)):
+                    self.lost[name] = first_step
         bar_is_here = accelerator.is_local_main_process
         self.bar = tqdm(total=max_steps, initial=first_step, desc="training", unit="step", disable=not bar_is_here)
 
@@ -75,12 +71,9 @@ class RunLog:
         self.bar.close()
         for name, tracker in list(self.trackers.items()):
             self.attempt(name, tracker.finish)
-        for name, step in self.unsent.items():
-            told = f"after step {step}" if step else "of this run"
-            print(
-                f"{name} has nothing {told}: the same command, when it can be reached, sends it from {METRICS}",
-                file=sys.stderr,
-            )
+        for name, step in self.lost.items():
+            what = f"after step {step}" if step else "of this run"
+            print(f"{name} has nothing {what}; {self.output_dir / METRICS} has everything", file=sys.stderr)
 
     def metrics(self, progress: Progress, values: dict[str, float]) -> None:
         """Append a line to metrics.jsonl and send it to the trackers."""
@@ -90,7 +83,7 @@ class RunLog:
         append_line(self.output_dir / METRICS, clock | {key: finite(value) for key, value in values.items()})
         for name, tracker in list(self.trackers.items()):
             if not self.attempt(name, partial(tracker.log, values, step=progress.step)):
-                self._note_unsent(name, progress.step - 1)
+                self.lost[name] = progress.step - 1
 
     def event(self, event: dict) -> None:
         """Append a line to events.jsonl."""
@@ -107,24 +100,11 @@ class RunLog:
         if self.is_main:
             self.bar.write(text)
 
-    def _open(self, name: str, output_dir: Path, first_step: int, settings: dict) -> None:
-        """Start a tracker, and send it what an earlier start of the program could not."""
-        sent = min(self.unsent.get(name, first_step), first_step)
-        tracker = TRACKERS[name](output_dir, sent)
+    def _open(self, name: str, first_step: int, settings: dict) -> None:
+        tracker = TRACKERS[name](self.output_dir, first_step)
         tracker.start()
         tracker.store_init_configuration(settings)
-        if name in self.unsent:
-            for line in read_metrics(output_dir):
-                if line["step"] > sent:
-                    tracker.log({key: line[key] for key in line if key not in CLOCK}, step=line["step"])
-            del self.unsent[name]
-            _write_unsent(self.output_dir, self.unsent)
         self.trackers[name] = tracker
-
-    def _note_unsent(self, name: str, last_step: int) -> None:
-        self.unsent.setdefault(name, last_step)
-        with contextlib.suppress(OSError):  # it is said at the end as well
-            _write_unsent(self.output_dir, self.unsent)
 
     def attempt(self, name: str, action: Callable[[], object]) -> bool:
         """
@@ -138,25 +118,3 @@ class RunLog:
             tqdm.write(f"warning: {name} failed, the run goes on without it: {one_line(error)}", file=sys.stderr)
             return False
         return True
-
-
-def send_unsent(
-    accelerator: Accelerator, output_dir: Path, report_to: list[str], last_step: int, settings: dict
-) -> None:
-    """Send trackers what they lack of a finished run."""
-    lacking = [name for name in report_to if name in _read_unsent(output_dir)]
-    if lacking:
-        with RunLog(accelerator, output_dir, last_step, last_step, lacking, settings) as log:
-            log.write(f"sent: {', '.join(log.trackers) or 'nothing'}")
-
-
-def _read_unsent(output_dir: Path) -> dict[str, int]:
-    path = output_dir / UNSENT
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
-def _write_unsent(output_dir: Path, unsent: dict[str, int]) -> None:
-    if unsent:
-        write_text(output_dir / UNSENT, json.dumps(unsent) + "\n")
-    else:
-        (output_dir / UNSENT).unlink(missing_ok=True)

@@ -17,6 +17,7 @@ from accelerate.tracking import GeneralTracker
 from conftest import REPOSITORY, TINY, make_documents, metrics, run, script, succeed, train, warnings_in
 from safetensors.torch import load_file
 from support.tiny_models import random_ids, tiny_model, tiny_stock_model
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
 
 import modeling_gpt2scratch  # noqa: F401  registers the model type
@@ -88,6 +89,15 @@ def test_the_run_folder_holds_what_was_promised(finished_run):
     assert list(output_dir.rglob("events.out.tfevents*"))
     auto_map = json.loads((output_dir / "config.json").read_text())["auto_map"]
     assert set(auto_map) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
+
+
+def test_tensorboard_gets_what_metrics_jsonl_has(finished_run):
+    sent = EventAccumulator(str(finished_run[0] / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+    for key in ("loss", "grad_norm", "eval_loss"):
+        expected = {line["step"]: line[key] for line in metrics(finished_run[0]) if key in line}
+        found = {event.step: event.value for event in sent.Scalars(key)}
+        assert found.keys() == expected.keys()
+        assert all(abs(found[step] - value) < 1e-6 * value for step, value in expected.items())
 
 
 def test_a_pipeline_outside_the_repository_writes_text_and_the_cache_changes_nothing(finished_run, tmp_path):
@@ -323,7 +333,9 @@ def test_a_tracker_that_fails_on_the_way_is_done_without(tmp_path, monkeypatch, 
     assert tracker.settings == {"seed": 1, "prompts": "['']"}
     assert tracker.steps == [1, 2]
     assert [line["step"] for line in metrics(tmp_path)] == [1, 2, 3, 4, 5]
-    assert "warning: failing failed, the run goes on without it: the network is gone" in capsys.readouterr().err
+    errors = capsys.readouterr().err
+    assert "warning: failing failed, the run goes on without it: the network is gone" in errors
+    assert f"failing has nothing after step 2; {tmp_path / 'metrics.jsonl'} has everything" in errors
 
 
 def test_what_is_not_finite_is_null_in_the_log_which_is_json(tmp_path):
