@@ -34,7 +34,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
-from pretraining.checkpoints.folders import checkpoint_folder, commit, mark_best, rotate
+from pretraining.checkpoints.folders import GENERATORS, OPTIMIZER, checkpoint_folder, commit, mark_best, rotate
 from pretraining.checkpoints.state import Position
 from pretraining.distributed.processes import on_main_process
 from pretraining.errors import UserError, one_line
@@ -153,8 +153,8 @@ class CheckpointWriter:
             unwrapped.save_pretrained(folder, state_dict=weights)
             if self.complete:
                 self.complete(folder)
-            torch.save(optimizer_state, folder / "optimizer.pt")
-            torch.save(generators, folder / "rng.pt")
+            torch.save(optimizer_state, folder / OPTIMIZER)
+            torch.save(generators, folder / GENERATORS)
             position.write(folder)
             commit(folder, final)
             rotate(self.output_dir, self.save_total_limit, keep=[final, mark_best(self.output_dir)])
@@ -187,10 +187,10 @@ def load_checkpoint(accelerator: Accelerator, folder: Path, model: nn.Module, op
     def read() -> tuple[Position, list]:
         try:
             weights.update(_read_weights(folder, accelerator, model))
-            optimizer_state.update(torch.load(folder / "optimizer.pt", weights_only=True, mmap=True))
-            generators = torch.load(folder / "rng.pt", weights_only=True)
+            optimizer_state.update(torch.load(folder / OPTIMIZER, weights_only=True, mmap=True))
+            generators = torch.load(folder / GENERATORS, weights_only=True)
             if not all(isinstance(states["cpu"], torch.ByteTensor) for states in generators):
-                raise ValueError("rng.pt has no states of generators")
+                raise ValueError(f"{GENERATORS} has no states of generators")
             return Position.read(folder), generators
         except OF_ANOTHER_KIND as error:
             raise UserError(f"{folder} holds something else than a checkpoint: {one_line(error)}") from error

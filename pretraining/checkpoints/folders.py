@@ -23,7 +23,8 @@ from pretraining.records.metrics import read_metrics
 from pretraining.records.run_files import EVENTS, IDENTITY, METRICS, TRAINING_ARGS, WEIGHTS
 
 MANIFEST = "manifest.json"
-FILES = ("config.json", WEIGHTS, "optimizer.pt", "rng.pt", POSITION_FILE)
+OPTIMIZER, GENERATORS = "optimizer.pt", "rng.pt"
+FILES = ("config.json", WEIGHTS, OPTIMIZER, GENERATORS, POSITION_FILE)
 # Names that `checkpoint-*` does not match, by which people and programs look for the newest one.
 BEST = "best-checkpoint"
 ABANDONED = "abandoned-"

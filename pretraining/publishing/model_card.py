@@ -27,6 +27,7 @@ from pretraining.records.run_files import HELLASWAG_PLOT, LOSS_PLOT
 from pretraining.training.flags import TrainArguments
 
 CARD = "README.md"
+TEMPLATE = Path(__file__).with_name("model_card_template.md")
 USE = "## Use it"
 
 
@@ -74,41 +75,41 @@ class RunRecord:
 
 
 def model_card(record: RunRecord, config: PreTrainedConfig) -> ModelCard:
-    title = title_of(record.name)
+    """Fill the template. Its words are there; here are the values that need more than a name."""
     start, base_model = record.settings["model_name_or_path"], None
     if start and Path(start).exists():
         start = Path(start).resolve().name  # no local path on a card
     elif start:
         base_model = start
-    settings = {**record.settings, "model_name_or_path": start}
-    made = f"trained further from `{start}`" if start else "trained from scratch"
-    names = " and ".join(source["name"] for source in record.sources)
-    unfinished = "" if record.step == record.max_steps else f" So far {record.step:,} of {record.max_steps:,} steps."
-    sections = [
-        f"---\n{_metadata(record, title, base_model)}\n---",
-        f"# {title}",
-        f"A GPT-2 of {record.parameters:,} parameters, {made} with gpt2scratch on {names}.{unfinished}",
-        USE,
-        usage("gpt2scratch", record.name, example_prompt(record.prompts, config), config),
-        "## Evaluation",
-        *_evaluation(record),
-        "## Model",
-        "A decoder-only transformer, as GPT-2 is: learned positions, pre-norm blocks of causal attention and a "
-        "feed-forward network with GELU"
-        + (", the output head tied to the token embeddings." if config.tie_word_embeddings else "."),
-        _shape(record, config),
-        "## Training",
-        _training(record, settings),
-        *(["## What it writes", *map(_fenced, record.samples)] if record.samples else []),
-        "## Limits",
-        f"It reads {config.n_positions:,} tokens at most, and knows nothing but what its training text is like, whose "
-        "errors and prejudices it repeats. It has not been tuned to follow instructions, and nothing that it writes "
-        "should be taken for a fact.",
-        "## Licence",
-        f"The weights: `{record.license}`. The code: MIT, as gpt2scratch is. The training text has terms of its own.",
-        "Made with " + ", ".join(f"{name} {version}" for name, version in record.versions.items()) + ".",
-    ]
-    return ModelCard("\n\n".join(sections) + "\n")
+    title = title_of(record.name)
+    return ModelCard.from_template(
+        card_data=_metadata(record, title, base_model),
+        template_path=str(TEMPLATE),
+        model_name=title,
+        parameters=f"{record.parameters:,}",
+        origin=f"trained further from `{start}`" if start else "trained from scratch",
+        source_names=" and ".join(source["name"] for source in record.sources),
+        step=f"{record.step:,}",
+        max_steps=f"{record.max_steps:,}",
+        usage=usage("gpt2scratch", record.name, example_prompt(record.prompts, config), config),
+        evaluation=record.evaluation,
+        evaluation_text=_evaluation_text(record),
+        evaluation_step=_after(record.evaluation, record.step),
+        compression=record.compression,
+        loss_plot=LOSS_PLOT,
+        hellaswag=record.hellaswag and _hellaswag_summary(record.hellaswag),
+        hellaswag_items=record.hellaswag and f"{record.hellaswag['hellaswag_n']:,}",
+        hellaswag_source=record.hellaswag_source,
+        hellaswag_step=_after(record.hellaswag, record.step),
+        hellaswag_plot=HELLASWAG_PLOT,
+        config=config,
+        positions=f"{config.n_positions:,}",
+        vocabulary=f"{config.vocab_size:,}",
+        training_table=_training_table(record, {**record.settings, "model_name_or_path": start}),
+        samples=list(map(_fenced, record.samples)),
+        license=record.license,
+        versions=", ".join(f"{name} {version}" for name, version in record.versions.items()),
+    )
 
 
 def _metadata(record: RunRecord, title: str, base_model: str | None) -> ModelCardData:
@@ -125,19 +126,7 @@ def _metadata(record: RunRecord, title: str, base_model: str | None) -> ModelCar
     )
 
 
-def _shape(record: RunRecord, config: PreTrainedConfig) -> str:
-    rows = [
-        ("parameters", f"{record.parameters:,}"),
-        ("layers", config.n_layer),
-        ("width", config.n_embd),
-        ("heads", config.n_head),
-        ("positions", f"{config.n_positions:,}"),
-        ("vocabulary", f"{config.vocab_size:,}"),
-    ]
-    return table(("", "value"), rows)
-
-
-def _training(record: RunRecord, settings: dict) -> str:
+def _training_table(record: RunRecord, settings: dict) -> str:
     rows = [
         *_data_rows(record),
         ("steps", f"{record.step:,}, of {record.tokens // record.step:,} tokens each"),
@@ -221,42 +210,17 @@ def _hellaswag_entries(record: RunRecord) -> list[EvalResult]:
     return hellaswag_results(_hellaswag_summary(record.hellaswag), record.hellaswag_source, split)
 
 
-def _evaluation(record: RunRecord) -> list[str]:
-    evaluation, validation = record.evaluation, record.validation_statistics
-    if evaluation is None:
-        return ["Not evaluated yet."]
-    rows = [
-        ("loss, nats per token", f"{evaluation['eval_loss']:.4f}"),
-        ("perplexity per token", f"{evaluation['eval_perplexity']:.2f}"),
-        ("**bits per byte**", f"**{evaluation['eval_bits_per_byte']:.3f}**"),
-        *((f"bits per byte of `{name}`, for comparison", f"{rate:.3f}") for name, rate in record.compression.items()),
-    ]
+def _evaluation_text(record: RunRecord) -> str:
+    """Return which text the model is evaluated on."""
+    validation = record.validation_statistics
     is_part = (record.eval_tokens or math.inf) < validation["tokens"]
     part = f"the first {record.eval_tokens:,} tokens of " if is_part else ""
-    documents = counted(validation["documents"], "document")
-    sections = [
-        f"On {part}{validation['bytes']:,} bytes of text ({documents}) not trained on"
-        + (":" if evaluation["step"] == record.step else f", after step {evaluation['step']:,}:"),
-        table(("", "value"), rows),
-        f"![Training and validation loss]({LOSS_PLOT})",
-    ]
-    if record.hellaswag is None:
-        return sections
-    summary = _hellaswag_summary(record.hellaswag)
-    after = record.hellaswag["step"]
-    rows = [
-        (f"`{metric}`", f"{summary[metric]:.4f}" + (f" ± {stderr:.4f}" if stderr is not None else ""))
-        for metric in ("acc", "acc_norm")
-        for stderr in [summary[f"{metric}_stderr"]]
-    ]
-    return [
-        *sections,
-        f"On {summary['n']:,} items of HellaSwag ({record.hellaswag_source}, the completion protocol of build-nanogpt "
-        "and llm.c, zero-shot; chance is 0.25; ± one standard error)"
-        + (":" if after == record.step else f", after step {after:,}:"),
-        table(("", "accuracy"), rows),
-        f"![Accuracy on HellaSwag]({HELLASWAG_PLOT})",
-    ]
+    return f"{part}{validation['bytes']:,} bytes of text ({counted(validation['documents'], 'document')})"
+
+
+def _after(evaluation: dict | None, step: int) -> str:
+    """Return the step of an evaluation, if it is another than the model's."""
+    return f", after step {evaluation['step']:,}" if evaluation and evaluation["step"] != step else ""
 
 
 def _fenced(text: str) -> str:

@@ -371,9 +371,8 @@ def test_the_card_tells_the_run_from_its_records(run_dir):
         "1 process, CPU",
     ):
         assert expected in card.text, expected
-    elapsed = lines[-1]["elapsed_seconds"]
-    seconds = float(re.search(r"\| time \| ([\d.]+) seconds", card.text)[1])
-    assert seconds == pytest.approx(elapsed, abs=2)
+    number, unit = re.search(r"\| time \| ([\d.]+) (seconds|minutes)", card.text).groups()
+    assert float(number) * (60 if unit == "minutes" else 1) > lines[-1]["elapsed_seconds"] - 6  # to 0.1 minutes
 
 
 def test_the_card_of_a_checkpoint_knows_nothing_of_what_came_after_it(run_dir, data_dir):
@@ -382,7 +381,8 @@ def test_the_card_of_a_checkpoint_knows_nothing_of_what_came_after_it(run_dir, d
     data = open_packed(arguments.sources(), None, None, accelerator.state)
     config = AutoConfig.from_pretrained(run_dir)
     card = RunCard(arguments, accelerator, data, config, parameters=1, tokens_per_step=128, repo_id=None)
-    text = card.at(60, 1.0).text
+    text = card.at(60, 90.0).text
+    assert "| time | 90 seconds |" in text
     (loss,) = (line["eval_loss"] for line in metrics(run_dir) if line["step"] == 60 and "eval_loss" in line)
     assert f"| loss, nats per token | {loss:.4f} |" in text and ", after step" not in text
     assert "So far 60 of 120 steps." in text and "| tokens seen | 7,680 (" in text
