@@ -34,6 +34,7 @@ from pretraining.tokenization.tokenizer import (
     load_tokenizer,
     tokenizer_fingerprint,
     train_tokenizer,
+    vocab_size_of,
 )
 
 CONTENTS = {"train", "validation", "tokenizer", DATASET_FILE, "README.md"}
@@ -148,7 +149,7 @@ def prepare(
             "documents": {name: sum(each[name] for each in counts) for name in counts[0]},
             "tokenizer": {
                 "fingerprint": tokenizer_fingerprint(tokenizer),
-                "vocab_size": len(tokenizer),
+                "vocab_size": vocab_size_of(tokenizer),
                 "eos_token_id": tokenizer.eos_token_id,
             },
             "block_size": args.block_size,

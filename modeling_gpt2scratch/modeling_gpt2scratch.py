@@ -437,6 +437,41 @@ class GPT2ScratchForCausalLM(GPT2ScratchPreTrainedModel, GenerationMixin):
         )
 
 
+class StockWeights(WeightConverter):
+    """
+    A converter after which weights can be quantised while they are loaded: each by itself, in a list, as a quantiser
+    gets a weight that is not converted. transformers' own hands over the converted ones together, of which quantisers
+    take the first and leave the others at random.
+    """
+
+    def convert(
+        self,
+        layer_name: str,
+        model: Any = None,
+        config: Any = None,
+        hf_quantizer: Any = None,
+        loading_info: Any = None,
+    ) -> dict[str, Any]:
+        weights = super().convert(layer_name, model, config, None, loading_info)
+        if hf_quantizer is None or self.quantization_operation is None:
+            return weights
+        quantized = {}
+        for name, weight in weights.items():
+            if not hf_quantizer.param_needs_quantization(model, name):
+                quantized[name] = weight
+                continue
+            quantized |= self.quantization_operation.convert(
+                {name: [weight]},
+                source_patterns=[name],
+                target_patterns=[name],
+                full_layer_name=name,
+                config=config,
+                model=model,
+                missing_keys=loading_info.missing_keys if loading_info else None,
+            )
+        return quantized
+
+
 # From the names and layouts of stock GPT-2 to those of this file, and, read backwards, the other way. Stock linear
 # layers hold their weights transposed, and those of query, key and value in one.
 FROM_STOCK_GPT2 = [
@@ -450,13 +485,13 @@ FROM_STOCK_GPT2 = [
     WeightRenaming(r"(?<!\w)attn.c_proj.bias", "self_attn.o_proj.bias"),
     WeightRenaming("mlp.c_fc.bias", "mlp.up_proj.bias"),
     WeightRenaming("mlp.c_proj.bias", "mlp.down_proj.bias"),
-    WeightConverter(r"(?<!\w)attn.c_proj.weight", "self_attn.o_proj.weight", operations=[Transpose(0, 1)]),
-    WeightConverter("mlp.c_fc.weight", "mlp.up_proj.weight", operations=[Transpose(0, 1)]),
-    WeightConverter("mlp.c_proj.weight", "mlp.down_proj.weight", operations=[Transpose(0, 1)]),
-    WeightConverter(
+    StockWeights(r"(?<!\w)attn.c_proj.weight", "self_attn.o_proj.weight", operations=[Transpose(0, 1)]),
+    StockWeights("mlp.c_fc.weight", "mlp.up_proj.weight", operations=[Transpose(0, 1)]),
+    StockWeights("mlp.c_proj.weight", "mlp.down_proj.weight", operations=[Transpose(0, 1)]),
+    StockWeights(
         r"(?<!\w)attn.c_attn.weight", [f"{name}.weight" for name in QKV], operations=[Transpose(0, 1), Chunk(0)]
     ),
-    WeightConverter(r"(?<!\w)attn.c_attn.bias", [f"{name}.bias" for name in QKV], operations=[Chunk(0)]),
+    StockWeights(r"(?<!\w)attn.c_attn.bias", [f"{name}.bias" for name in QKV], operations=[Chunk(0)]),
 ]
 
 __all__ = ["GPT2ScratchForCausalLM", "GPT2ScratchModel", "GPT2ScratchPreTrainedModel"]

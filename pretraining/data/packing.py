@@ -16,7 +16,7 @@ from pretraining.data.packed_rows import full_rows
 from pretraining.errors import UserError, counted
 from pretraining.files import sha256_of
 from pretraining.tokenization.encoding import encode_documents
-from pretraining.tokenization.tokenizer import token_dtype
+from pretraining.tokenization.tokenizer import token_dtype, vocab_size_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -62,7 +62,7 @@ def pack(
     Raises:
         UserError: if the text of a split is less than one row.
     """
-    splits = {name: SplitWriter(name, folder, len(tokenizer), sizes) for name in ("train", "validation")}
+    splits = {name: SplitWriter(name, folder, vocab_size_of(tokenizer), sizes) for name in ("train", "validation")}
     with progress:
         for name, text, token_ids in encode_documents(documents, tokenizer, num_proc):
             splits[name].add(text, token_ids)

@@ -27,7 +27,7 @@ from pretraining.data.validation_split import is_for_validation
 from pretraining.distributed.signals import ignore_signals
 from pretraining.errors import ProcessError, UserError, counted
 from pretraining.tokenization.encoding import Encoder
-from pretraining.tokenization.tokenizer import load_tokenizer, token_dtype, tokenizer_fingerprint
+from pretraining.tokenization.tokenizer import load_tokenizer, token_dtype, tokenizer_fingerprint, vocab_size_of
 
 
 class RowStream:
@@ -59,7 +59,8 @@ class RowStream:
         self._encoder: Encoder | None = None
         position = position or {"epoch": 0, "upstream": None, "leftover": [], "row": 0}
         # The tokens at hand are those left over from earlier documents and those of the documents read last.
-        self._leftover = self._tokens = np.array(position["leftover"], dtype=token_dtype(len(tokenizer)))
+        dtype = token_dtype(vocab_size_of(tokenizer))
+        self._leftover = self._tokens = np.array(position["leftover"], dtype=dtype)
         self._start_epoch(position["epoch"], position["upstream"])
         if position["row"]:
             self._read()

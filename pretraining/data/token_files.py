@@ -97,15 +97,15 @@ def _count(
     Args:
         sizes: bytes of text by token id.
     """
-    problems, documents, size = [], 0, 0
+    problems, documents, size, vocab_size = [], 0, 0, len(sizes)
     for path, rows in zip(paths, dataset.parts, strict=True):
         for start in range(0, len(rows), ROWS_PER_READ):
             ids = rows[start : start + ROWS_PER_READ]
             largest = int(ids.max())
-            if largest >= len(tokenizer):
+            if largest >= vocab_size:
                 problems.append(
                     f"{path} has the token id {largest}, where the tokenizer {tokenizer.name_or_path} has ids up to "
-                    f"{len(tokenizer) - 1}: it was made with another one"
+                    f"{vocab_size - 1}: it was made with another one"
                 )
                 break
             documents += int((ids == tokenizer.eos_token_id).sum())

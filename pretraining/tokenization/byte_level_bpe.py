@@ -60,10 +60,15 @@ def pattern_of(pre_tokenizer: dict | None) -> str | None:
 
 def bytes_of_tokens(tokenizer: PreTrainedTokenizerBase) -> np.ndarray | None:
     """
-    Bytes of text that each id of a byte-level BPE stands for, 0 for special tokens; None for other tokenizers.
+    Return the bytes of text that each id of a byte-level tokenizer stands for, 0 for special tokens and where an id
+    has no token; None for other tokenizers.
     """
-    sizes, special_ids = np.zeros(len(tokenizer), dtype=np.int64), set(tokenizer.all_special_ids)
-    for token, token_id in tokenizer.get_vocab().items():
+    decoder = json.loads(tokenizer.backend_tokenizer.to_str())["decoder"] or {}
+    if decoder.get("type") != "ByteLevel":
+        return None
+    vocabulary, special_ids = tokenizer.get_vocab(), set(tokenizer.all_special_ids)
+    sizes = np.zeros(max(vocabulary.values()) + 1, dtype=np.int64)  # ids may have gaps
+    for token, token_id in vocabulary.items():
         if token_id not in special_ids:
             if not set(token) <= BYTE_OF_CHARACTER.keys():
                 return None

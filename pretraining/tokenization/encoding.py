@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from pretraining.tokenization.byte_level_bpe import tiktoken_parts
-from pretraining.tokenization.tokenizer import token_dtype
+from pretraining.tokenization.tokenizer import token_dtype, vocab_size_of
 
 BATCH_CHARACTERS, BATCH_DOCUMENTS = 1 << 19, 512  # what a thread is handed at once
 SEPARATOR = "\x00<|end of document|>\x00"
@@ -43,7 +43,7 @@ class Encoder:
         self.tokenizer.encode_special_tokens = True
         self.tokenizer.no_truncation()
         self.eos_token_id = tokenizer.eos_token_id
-        self.dtype = token_dtype(len(tokenizer))
+        self.dtype = token_dtype(vocab_size_of(tokenizer))
         self.tiktoken, self.ids_of_ranks = None, np.empty(0, self.dtype)
         if pieces := tiktoken_parts(self.tokenizer):
             pattern, ranks, ids = pieces

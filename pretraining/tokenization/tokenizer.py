@@ -79,5 +79,14 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     return digest.hexdigest()
 
 
+def vocab_size_of(tokenizer: PreTrainedTokenizerBase) -> int:
+    """
+    Return the vocabulary that a model needs for a tokenizer: its highest id plus 1. Where ids have gaps,
+    `len(tokenizer)`, which counts tokens, is less.
+    """
+    return max(tokenizer.get_vocab().values()) + 1
+
+
 def token_dtype(vocab_size: int) -> np.dtype:
+    """Return the type that ids below `vocab_size` are stored in."""
     return np.dtype("uint16" if vocab_size <= 1 << 16 else "uint32")

@@ -173,7 +173,7 @@ def _to_value(text: str) -> int | float | bool | str | None:
 def check_fit(config: PreTrainedConfig, vocab_size: int, block_size: int) -> None:
     """
     Args:
-        vocab_size: of the tokenizer that the data was made with.
+        vocab_size: that the tokenizer of the data needs.
         block_size: tokens in a row.
 
     Raises:
@@ -187,7 +187,7 @@ def check_fit(config: PreTrainedConfig, vocab_size: int, block_size: int) -> Non
         )
     if vocab_size > config.vocab_size:
         problems.append(
-            f"the tokenizer of the data has {vocab_size} tokens, more than the model's vocabulary of "
+            f"the tokenizer of the data has ids up to {vocab_size - 1}, beyond the model's vocabulary of "
             f"{config.vocab_size} (vocab_size)"
         )
     if problems:

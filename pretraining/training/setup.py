@@ -24,7 +24,7 @@ from pretraining.evaluation.samples import encode_prompts
 from pretraining.kernels.cpu_products import use_fastest_products
 from pretraining.optimization.optimizer import build_optimizer, has_fused_adamw, parameter_groups
 from pretraining.precision import Precision, choose_precision, muon_dtype
-from pretraining.tokenization.tokenizer import tokenizer_fingerprint
+from pretraining.tokenization.tokenizer import tokenizer_fingerprint, vocab_size_of
 from pretraining.training.flags import TrainArguments
 from pretraining.training.model import attention_on, build_model, check_fit, check_tokenizer, load_config
 
@@ -72,11 +72,11 @@ def open_setup(args: TrainArguments, state: PartialState) -> Setup:
         UserError: on all processes, with what does not fit together.
     """
     data = open_data(args, state)
-    tokenizer = data.tokenizer
+    tokenizer, vocab_size = data.tokenizer, vocab_size_of(data.tokenizer)
     config = load_config(
-        args.model_name_or_path, args.config_name, args.config_overrides, len(tokenizer), tokenizer.eos_token_id
+        args.model_name_or_path, args.config_name, args.config_overrides, vocab_size, tokenizer.eos_token_id
     )
-    check_fit(config, len(tokenizer), data.block_size)
+    check_fit(config, vocab_size, data.block_size)
     if args.model_name_or_path:
         check_tokenizer(args.model_name_or_path, tokenizer)
     encode_prompts(tokenizer, args.sample_prompts, config.n_positions)  # now, not after the last step

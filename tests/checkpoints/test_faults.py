@@ -36,7 +36,8 @@ from support.faults import (
 from support.processes import run_ranks, start, start_ranks, wait_until
 
 from pretraining.checkpoints.folders import complete_checkpoints, verify
-from pretraining.data.packed_rows import as_it_is, open_data_folder
+from pretraining.data.data_folder import open_data_folder
+from pretraining.data.packed_rows import as_it_is
 from pretraining.data.row_order import RowOrder, StepSplit
 from pretraining.distributed import signals
 from pretraining.distributed.signals import STOPPED

@@ -18,7 +18,8 @@ from support.tiny_models import (
     tiny_model,
     tiny_stock_model,
 )
-from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model, LlamaConfig
+from torchao.quantization import Int8Tensor, Int8WeightOnlyConfig
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, GPT2Model, LlamaConfig, TorchAoConfig
 
 from modeling_gpt2scratch import PRESETS, GPT2ScratchConfig, GPT2ScratchForCausalLM, GPT2ScratchModel
 
@@ -50,6 +51,27 @@ def test_weights_go_in_and_out_at_the_proportions_of_all_four_sizes(preset, tmp_
     assert_same_function(ours, stock)
     ours.save_pretrained(tmp_path / "exported", save_original_format=True)
     assert_same_function(load(tmp_path / "exported", GPT2LMHeadModel), stock)
+
+
+@pytest.mark.parametrize("cls", [GPT2ScratchForCausalLM, AutoModelForCausalLM])
+def test_weights_that_are_quantised_while_they_are_loaded_are_those_of_the_model(cls, tmp_path):
+    """From stock's layout, where query, key and value are one weight, as from this model's own."""
+    stock = tiny_stock_model(n_embd=64)
+    stock.save_pretrained(tmp_path / "stock")
+    load(tmp_path / "stock").save_pretrained(tmp_path / "own")
+    if cls is AutoModelForCausalLM:  # by name, which a stock config's would be stock's class
+        config = json.loads((tmp_path / "own/config.json").read_text())
+        (tmp_path / "stock/config.json").write_text(json.dumps(config))
+    quantization = TorchAoConfig(Int8WeightOnlyConfig())
+    logits = []
+    for layout in ("stock", "own"):
+        model = load(tmp_path / layout, cls, quantization_config=quantization)
+        assert isinstance(model, GPT2ScratchForCausalLM)
+        assert all(isinstance(layer.self_attn.k_proj.weight, Int8Tensor) for layer in model.model.layers)
+        logits.append(model(random_ids(2, 12)).logits)
+    assert torch.equal(*logits)
+    expected = stock(random_ids(2, 12)).logits
+    assert 0 < (logits[0] - expected).norm() < 0.05 * expected.norm()
 
 
 def test_checkpoints_without_the_prefix_and_with_old_buffers(tmp_path):

@@ -432,7 +432,7 @@ def test_an_earlier_checkpoint_begins_a_branch_of_its_own(finished_run, tmp_path
         (["--config_overrides", "n_positions=16"], ["--block_size 32 is beyond the model's 16 positions"]),
         (
             ["--config_overrides", "n_positions=32,vocab_size=300"],
-            ["the tokenizer of the data has 320 tokens, more than the model's vocabulary of 300"],
+            ["the tokenizer of the data has ids up to 319, beyond the model's vocabulary of 300"],
         ),
         (["--config_overrides", "n_layers=2"], ["the config has no 'n_layers', did you mean n_layer?"]),
         (["--config_overrides", "n_embd=33,n_head=2"], ["n_embd (33) must be a multiple of n_head (2)"]),
