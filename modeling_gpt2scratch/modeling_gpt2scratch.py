@@ -251,6 +251,7 @@ class GPT2ScratchModel(GPT2ScratchPreTrainedModel):
         position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
@@ -261,6 +262,7 @@ class GPT2ScratchModel(GPT2ScratchPreTrainedModel):
             position_ids (`(B, T)` or `(1, T)`, *optional*): counted on from the cache if left out. Where they start
                 again within a row, a new document begins: it does not see those before it.
             past_key_values: keys and values of the tokens before these.
+            token_type_ids (`(B, T)`, *optional*): ids of tokens whose embeddings are added, as stock GPT-2 adds them.
 
         Raises:
             ValueError: if not exactly one of `input_ids` and `inputs_embeds` is given, if the sequence is longer than
@@ -287,7 +289,11 @@ class GPT2ScratchModel(GPT2ScratchPreTrainedModel):
         hidden_states = inputs_embeds
         # A later stage of a pipeline, which has an Identity for each layer before its own, gets hidden states.
         if not isinstance(self.layers[0], nn.Identity):
-            hidden_states = self.dropout(hidden_states + self.embed_positions(position_ids))
+            hidden_states = hidden_states + self.embed_positions(position_ids)
+            if token_type_ids is not None:
+                _check_token_ids(token_type_ids, self.config.vocab_size)
+                hidden_states = hidden_states + self.embed_tokens(token_type_ids)
+            hidden_states = self.dropout(hidden_states)
         for layer in self.layers:
             hidden_states = layer(
                 hidden_states,
@@ -363,6 +369,7 @@ class GPT2ScratchForCausalLM(GPT2ScratchPreTrainedModel, GenerationMixin):
         position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
@@ -387,6 +394,7 @@ class GPT2ScratchForCausalLM(GPT2ScratchPreTrainedModel, GenerationMixin):
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
+            token_type_ids=token_type_ids,
             use_cache=use_cache,
             **kwargs,
         )

@@ -43,6 +43,8 @@ def write_tokenizer(tokenizer: PreTrainedTokenizerBase, n_positions: int, folder
         max_new_tokens=min(256, n_positions // 2),
     ).save_pretrained(folder)
     tokenizer.model_max_length = n_positions
+    # Not the token_type_ids that transformers' default adds: their embeddings would be added to the text's.
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]
     try:
         tokenizer.save_pretrained(folder)
     except Exception as error:  # tokenizers has no kind of its own for a full disk

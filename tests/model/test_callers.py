@@ -50,6 +50,21 @@ def test_positions_of_the_callers_own(ours, stock):
     assert_close(ours(ids, position_ids=position_ids).logits, stock(ids, position_ids=position_ids).logits)
 
 
+def test_token_types_are_added_as_stock_adds_them(ours, stock):
+    ids, types = random_ids(2, 8), random_ids(2, 8, seed=5)
+    assert_close(ours(ids, token_type_ids=types).logits, stock(ids, token_type_ids=types).logits)
+    embeddings = stock.transformer.wte(ids)
+    by_embeddings = ours(inputs_embeds=embeddings, token_type_ids=types).logits
+    assert_close(by_embeddings, stock(ids, token_type_ids=types).logits)
+    assert (by_embeddings - ours(ids).logits).abs().max() > 0.1
+    arguments = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(
+        ours.generate(ids, token_type_ids=types, **arguments), stock.generate(ids, token_type_ids=types, **arguments)
+    )
+    with pytest.raises(ValueError, match="Token id 101 is outside this model's vocabulary of 101"):
+        ours(ids, token_type_ids=torch.full_like(ids, 101))
+
+
 def test_embeddings_instead_of_ids(ours, stock):
     embeddings = torch.randn(2, 8, 48, generator=torch.Generator().manual_seed(0))
     assert_close(ours(inputs_embeds=embeddings).logits, stock(inputs_embeds=embeddings).logits)

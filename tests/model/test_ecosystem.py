@@ -110,6 +110,7 @@ def logged(trainer: Trainer, name: str) -> list[float]:
 def test_trainer_trains_evaluates_and_resumes_as_with_the_stock_model(ours, folder, tokenizer, tmp_path):
     rows = packed_rows(tokenizer)
     stock = stock_model_of(ours)
+    unpatched = make_trainer(stock_model_of(ours), rows, tmp_path / "unpatched")
     # GPT2LMHeadModel has none, by its name, so that Trainer counts the first label of a row, which nothing predicts.
     stock.loss_type = ours.loss_type
     columns = {name: torch.tensor(rows[name]) for name in ("input_ids", "position_ids", "labels")}
@@ -124,6 +125,9 @@ def test_trainer_trains_evaluates_and_resumes_as_with_the_stock_model(ours, fold
         one.train()
     losses = logged(trainer, "loss")
     assert losses[0] == pytest.approx(expected, rel=1e-5)
+    unpatched.train()
+    counted, predicted = (labels != -100).sum().item(), (labels[:, 1:] != -100).sum().item()
+    assert logged(unpatched, "loss")[0] == pytest.approx(expected * predicted / counted, rel=1e-5)
     assert len(losses) == 6 and losses[-1] < 0.8 * losses[0]
     for name in ("loss", "grad_norm", "eval_loss"):
         assert logged(trainer, name) == pytest.approx(logged(reference, name), rel=1e-4)
