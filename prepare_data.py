@@ -21,14 +21,14 @@ from transformers import PreTrainedTokenizerBase
 
 from pretraining.cli import flag, parse_arguments, problems_of_range, run_script
 from pretraining.data.data_folder import DATASET_FILE, FORMAT_VERSION, read_data_folder
-from pretraining.data.documents import Corpus, embedded_corpus, open_texts
 from pretraining.data.packing import PackingProgress, PackingSizes, pack
-from pretraining.data.sources import TextFlags
-from pretraining.data.validation_split import split_documents
 from pretraining.errors import UserError, counted
 from pretraining.files import folder_in_progress
 from pretraining.hardware import usable_cores
 from pretraining.publishing.dataset_card import push_dataset
+from pretraining.text.documents import Corpus, embedded_corpus, open_texts
+from pretraining.text.sources import TextFlags
+from pretraining.text.validation_split import split_documents
 from pretraining.tokenization.tokenizer import (
     SMALLEST_VOCABULARY,
     load_tokenizer,

@@ -32,8 +32,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import side_by_side
 from pretraining.cli import flag, parse_arguments, run_script
-from pretraining.data.documents import embedded_corpus, local_corpus
 from pretraining.markdown import table
+from pretraining.text.documents import embedded_corpus, local_corpus
 from pretraining.tokenization.byte_level_bpe import tiktoken_parts
 from pretraining.tokenization.tokenizer import load_tokenizer, train_tokenizer
 

@@ -29,12 +29,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import side_by_side
 from pretraining import hardware
 from pretraining.cli import flag, parse_arguments, run_script
-from pretraining.data.sources import Source
 from pretraining.data.training_data import open_packed
 from pretraining.distributed.processes import open_state
 from pretraining.markdown import table
 from pretraining.optimization.optimizer import build_optimizer
 from pretraining.records.metrics import read_metrics
+from pretraining.text.sources import Source
 from pretraining.training.model import attention_on, build_model, load_config
 
 SCRIPT = Path(__file__).resolve().parent.parent / "train_accelerate.py"

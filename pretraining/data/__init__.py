@@ -1,1 +1,1 @@
-"""From documents to rows of token ids, and from rows to micro-batches."""
+"""From token ids to rows, and from rows to micro-batches."""

@@ -11,10 +11,10 @@ import numpy as np
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from pretraining.data.documents import Corpus
 from pretraining.data.packed_rows import full_rows
 from pretraining.errors import UserError, counted
 from pretraining.files import sha256_of
+from pretraining.text.documents import Corpus
 from pretraining.tokenization.encoding import encode_documents
 from pretraining.tokenization.tokenizer import token_dtype, vocab_size_of
 

@@ -18,14 +18,14 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerBase
 
-from pretraining.data.documents import Corpus, open_texts
 from pretraining.data.packed_rows import PackedDataset, full_rows, open_loader
 from pretraining.data.row_order import SourceOrder, StepSplit
-from pretraining.data.sources import Source
 from pretraining.data.training_data import DEFAULT_BLOCK_SIZE, Batches, TrainingData, digest, with_shares
-from pretraining.data.validation_split import is_for_validation
 from pretraining.distributed.signals import ignore_signals
 from pretraining.errors import ProcessError, UserError, counted
+from pretraining.text.documents import Corpus, open_texts
+from pretraining.text.sources import Source
+from pretraining.text.validation_split import is_for_validation
 from pretraining.tokenization.encoding import Encoder
 from pretraining.tokenization.tokenizer import load_tokenizer, token_dtype, tokenizer_fingerprint, vocab_size_of
 

@@ -19,10 +19,10 @@ from transformers import PreTrainedTokenizerBase
 from pretraining.data.data_folder import DATASET_FILE, DataFolder, open_data_folder, read_data_folder
 from pretraining.data.packed_rows import PackedDataset, concatenate, training_batches
 from pretraining.data.row_order import RowOrder, StepSplit
-from pretraining.data.sources import Source
 from pretraining.data.token_files import open_borrowed_folder, token_files
 from pretraining.distributed.processes import on_every_process
 from pretraining.errors import UserError, one_line
+from pretraining.text.sources import Source
 from pretraining.tokenization.tokenizer import load_tokenizer, tokenizer_fingerprint
 
 DEFAULT_BLOCK_SIZE = 1024  # where neither the data nor a flag says: GPT-2's

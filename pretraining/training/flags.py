@@ -9,11 +9,11 @@ from typing import Literal
 from pretraining.checkpoints.identity import CHANGEABLE
 from pretraining.cli import flag, problems_of_range
 from pretraining.data.row_order import SourceOrder
-from pretraining.data.sources import Source, TextFlags, parse_mixture
 from pretraining.errors import UserError
 from pretraining.hub import HubFlags
 from pretraining.optimization.optimizer import Optim
 from pretraining.optimization.schedule import LRSchedulerType
+from pretraining.text.sources import Source, TextFlags, parse_mixture
 
 AT_LEAST_ONE = """block_size per_device_train_batch_size gradient_accumulation_steps tokens_per_step max_steps
     logging_steps eval_steps eval_iters hellaswag_steps sample_steps save_steps save_total_limit

@@ -24,8 +24,8 @@ import prepare_data
 from pretraining.data.data_folder import open_data_folder
 from pretraining.data.packing import ShardWriter
 from pretraining.data.row_order import RowOrder
-from pretraining.data.validation_split import split_documents
 from pretraining.errors import UserError
+from pretraining.text.validation_split import split_documents
 from pretraining.tokenization.tokenizer import load_tokenizer, train_tokenizer
 
 
@@ -392,7 +392,7 @@ def test_every_epoch_is_a_new_permutation_and_any_step_can_be_the_first():
 
 
 def test_the_embedded_corpus_is_the_standard_library_without_its_tests():
-    from pretraining.data.documents import embedded_corpus
+    from pretraining.text.documents import embedded_corpus
 
     corpus = embedded_corpus()
     documents = list(corpus)

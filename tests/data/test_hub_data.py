@@ -133,7 +133,7 @@ READ = """
 import json, sys, time
 waits = []
 time.sleep = waits.append  # those of huggingface_hub and datasets are minutes
-from pretraining.data import documents
+from pretraining.text import documents
 documents.ROWS_PER_READ = 8
 texts = []
 read = documents.hub_corpus("us/text", None, None, "text")

@@ -20,9 +20,9 @@ from pretraining.data import data_folder
 from pretraining.data.data_folder import open_data_folder
 from pretraining.data.packed_rows import document_positions
 from pretraining.data.row_order import ROWS_PER_ROUND, RowOrder, SourceOrder
-from pretraining.data.sources import Source
 from pretraining.data.training_data import open_packed
 from pretraining.errors import UserError
+from pretraining.text.sources import Source
 
 FLAGS = ("--config_overrides", TINY, "--per_device_train_batch_size", 4, "--logging_steps", 1, "--max_steps", 6)
 

@@ -14,13 +14,13 @@ from safetensors.torch import load_file
 from support.processes import run_ranks
 
 from pretraining.cli import parse_arguments
-from pretraining.data import documents
-from pretraining.data.documents import local_corpus
 from pretraining.data.row_order import StepSplit
-from pretraining.data.sources import Source
 from pretraining.data.streaming import RowStream, open_streams
-from pretraining.data.validation_split import is_for_validation
 from pretraining.errors import UserError
+from pretraining.text import documents
+from pretraining.text.documents import local_corpus
+from pretraining.text.sources import Source
+from pretraining.text.validation_split import is_for_validation
 from pretraining.tokenization.tokenizer import load_tokenizer, train_tokenizer
 from pretraining.training.flags import TrainArguments
 from pretraining.training.setup import open_data

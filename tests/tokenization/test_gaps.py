@@ -14,9 +14,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2LM
 
 from pretraining.data.data_folder import open_data_folder
 from pretraining.data.row_order import StepSplit
-from pretraining.data.sources import Source
 from pretraining.data.streaming import open_streams
 from pretraining.publishing.formats import write_gguf, write_onnx, write_stock
+from pretraining.text.sources import Source
 from pretraining.tokenization.byte_level_bpe import bytes_of_tokens
 from pretraining.tokenization.encoding import Encoder
 from pretraining.tokenization.tokenizer import END_OF_TEXT, load_tokenizer, train_tokenizer, vocab_size_of

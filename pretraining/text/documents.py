@@ -2,9 +2,7 @@
 
 import bisect
 import glob
-import hashlib
 import itertools
-import json
 import logging
 import random
 import sys
@@ -16,15 +14,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-from datasets import IterableDataset, Value, load_dataset
+from datasets import IterableDataset, load_dataset_builder
 from datasets.distributed import split_dataset_by_node
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
-from pretraining.data.sources import TextSource
 from pretraining.errors import UserError, one_line
+from pretraining.text.sources import TextSource
+from pretraining.text.text_files import check_kinds, digest_of_files, read_files, read_text_column, rows_of_parquet
 
 # datasets logs what it could not read before it raises; the error says it once.
 logging.getLogger("datasets").setLevel(logging.CRITICAL)
@@ -33,7 +30,6 @@ logger = logging.getLogger(__name__)
 
 ROWS_PER_READ = 64
 RETRY_SECONDS = (1, 2, 4, 8, 15, 30, 60, 60, 60, 60)  # five minutes: a Hub that is restarted
-KINDS = (".txt", ".jsonl", ".json", ".parquet")
 
 
 @dataclass
@@ -73,7 +69,8 @@ class Corpus:
             if self.text_column not in columns:
                 names = ", ".join(sorted(columns))
                 raise UserError(f"--text_column {self.text_column}: no such column, the data has: {names}")
-            values = columns[self.text_column]
+            # pandas writes NaN for a value that is missing.
+            values = [None if value != value else value for value in columns[self.text_column]]
             for value in values:
                 if value is not None and not isinstance(value, str | bytes):
                     kind, shown = type(value).__name__, textwrap.shorten(str(value), 60)
@@ -159,7 +156,7 @@ def embedded_corpus() -> Corpus:
     files = [path for path in sorted(root.rglob("*.py")) if not left_out & set(path.relative_to(root).parts)]
     version = ".".join(map(str, sys.version_info[:3]))
     return Corpus(
-        documents=_text_files(files),
+        documents=read_files(".txt", files, "text"),
         text_column="text",
         description={"name": "the Python standard library", "revision": version, "files": len(files)},
         size=_total_size(files),
@@ -187,27 +184,17 @@ def local_corpus(pattern: str, text_column: str = "text") -> Corpus:
         raise UserError(f"{pattern} is a folder: give a pattern of files, in quotes, as '{pattern}/*.txt'")
     if not files:
         raise UserError(f"no such file: {pattern}")
-    kinds = {path.suffix for path in files}
-    if len(kinds) > 1 or not kinds <= set(KINDS):
-        raise UserError(f"{pattern} matches {', '.join(sorted(kinds))}: give files of one kind, {', '.join(KINDS)}")
-    num_documents = None
-    if kinds == {".txt"}:
-        documents, text_column = _text_files(files), "text"
-    elif kinds == {".parquet"}:
-        num_documents = sum(map(_rows_of_parquet, files))
-        documents = load_dataset("parquet", data_files=list(map(str, files)), split="train", streaming=True)
-        documents = _text_as_bytes(documents, text_column)
-    else:
-        documents = IterableDataset.from_generator(_read_json_lines, gen_kwargs={"files": list(map(str, files))})
+    kind = check_kinds(pattern, files)
+    num_documents = sum(map(rows_of_parquet, files)) if kind == ".parquet" else None
     return Corpus(
-        documents=documents,
-        text_column=text_column,
+        documents=read_files(kind, files, text_column),
+        text_column="text" if kind == ".txt" else text_column,
         description={
             "name": files[0].name if len(files) == 1 else f"{len(files)} files, {files[0].name} to {files[-1].name}",
-            "revision": _digest(files),
+            "revision": digest_of_files(files),
             "files": len(files),
         },
-        size=_total_size(files) if kinds != {".parquet"} else None,
+        size=_total_size(files) if kind != ".parquet" else None,
         num_documents=num_documents,
     )
 
@@ -220,17 +207,18 @@ def hub_corpus(name: str, config: str | None, revision: str | None, text_column:
     is_local = Path(name).is_dir()
     try:
         if is_local:
-            revision = _digest(sorted(path for path in Path(name).rglob("*") if path.is_file()))
+            revision = digest_of_files(sorted(path for path in Path(name).rglob("*") if path.is_file()))
         else:
             revision = HfApi().dataset_info(name, revision=revision).sha
         commit = None if is_local else revision
-        documents = load_dataset(name, config, split="train", revision=commit, streaming=True)
+        builder = load_dataset_builder(name, config, revision=commit)
+        documents = read_text_column(builder, text_column)
     except Exception as error:  # no such dataset, revision or configuration, no network, or files nobody can read
         raise UserError(f"--dataset_name {name} cannot be loaded: {one_line(error)}") from None
     description = {"name": Path(name).resolve().name if is_local else name, "config": config, "revision": revision}
-    splits = documents.info.splits or {}
+    splits = builder.info.splits or {}
     num_documents = splits["train"].num_examples if "train" in splits else None
-    return Corpus(_text_as_bytes(documents, text_column), text_column, description, num_documents=num_documents)
+    return Corpus(documents, text_column, description, num_documents=num_documents)
 
 
 def valid_text(value: str | bytes) -> str:
@@ -244,55 +232,6 @@ def valid_text(value: str | bytes) -> str:
         return value.encode("utf-16", "surrogatepass").decode("utf-16", errors="replace")
 
 
-def _text_files(files: list[Path]) -> IterableDataset:
-    return IterableDataset.from_generator(_read_text_files, gen_kwargs={"files": list(map(str, files))})
-
-
-def _read_text_files(files: list[str]) -> Iterator[dict]:
-    """As bytes. (`load_dataset("text")` opens files in text mode, which turns \\r\\n into \\n.)"""
-    for name in files:
-        content = Path(name).read_bytes()
-        beginning = content[:1024]
-        strange = beginning.count(b"\0") + beginning.decode(errors="replace").count("\ufffd")
-        if strange > len(beginning) / 4:  # a file of another kind, not a few bytes that went wrong
-            raise UserError(f"{name} is no text in UTF-8 (`iconv -f UTF-16 -t UTF-8` converts some)")
-        yield {"text": content}
-
-
-def _read_json_lines(files: list[str]) -> Iterator[dict]:
-    """One object a line. (`load_dataset("json")` wants every column to have one type throughout, and valid UTF-8.)"""
-    for name in files:
-        with open(name, "rb") as file:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line.decode("utf-8", errors="surrogateescape"))
-                except json.JSONDecodeError as error:
-                    raise UserError(f"line {number} of {Path(name).name} is not JSON: {error}") from None
-                if not isinstance(row, dict):
-                    raise UserError(f"line {number} of {Path(name).name} is a {type(row).__name__}, not an object")
-                yield row if line.isascii() else {key: _original_bytes(value) for key, value in row.items()}
-
-
-def _original_bytes(value: object) -> object:
-    """A string as it was in the file, if it has bytes that are not UTF-8; anything else as it is."""
-    try:
-        return value.encode("utf-8", "surrogateescape") if isinstance(value, str) else value
-    except UnicodeEncodeError:
-        return value
-
-
-def _text_as_bytes(documents: IterableDataset, text_column: str) -> IterableDataset:
-    """Only the text's column, as bytes: as a string, invalid UTF-8 in an Arrow column would be an error."""
-    features = documents.features or {}
-    if text_column not in features:
-        return documents  # the columns are not known before reading, or the text's is not among them
-    documents = documents.select_columns([text_column])
-    is_text = features[text_column] in (Value("string"), Value("large_string"))
-    return documents.cast_column(text_column, Value("binary")) if is_text else documents
-
-
 def _is_transient(error: BaseException | None) -> bool:
     """Whether a fault is the network's or the Hub's, and may be over soon."""
     if error is None:
@@ -302,25 +241,6 @@ def _is_transient(error: BaseException | None) -> bool:
         return status in (408, 429) or status >= 500
     of_a_client = type(error).__module__.split(".")[0] in ("httpx", "httpx2", "aiohttp")
     return of_a_client or isinstance(error, ConnectionError | TimeoutError) or _is_transient(error.__cause__)
-
-
-def _rows_of_parquet(path: Path) -> int:
-    try:
-        return pq.read_metadata(path).num_rows
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path} cannot be read: {one_line(error)}") from None
-
-
-def _digest(files: list[Path]) -> str:
-    """Of names, sizes, and the first and last 64 KB of each: all of a corpus would take long at every start."""
-    digest = hashlib.sha256()
-    for path in files:
-        with open(path, "rb") as file:
-            size = path.stat().st_size
-            digest.update(f"{path.name} {size}\n".encode() + file.read(1 << 16))
-            file.seek(max(0, size - (1 << 16)))
-            digest.update(file.read())
-    return digest.hexdigest()[:16]
 
 
 def _total_size(files: list[Path]) -> int:
