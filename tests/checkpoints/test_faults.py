@@ -71,11 +71,11 @@ def test_a_signal_to_any_process_saves_one_checkpoint_and_the_run_goes_on_to_the
     num_processes, rank, number, references, data_dir, tmp_path
 ):
     arguments = long_flags(data_dir, tmp_path / "run")
-    started = time.monotonic()
     # In the middle of the accumulation of step 7, after which an evaluation and a checkpoint are due.
     faults = {rank: signal_in(7, 1, number)}
     results = run_ranks(num_processes, "train_accelerate.py", *arguments, faults=faults)
-    assert time.monotonic() - started < 30
+    # It does not wait for the evaluation: that of step 7 is not among the lines.
+    assert [line["step"] for line in metrics(tmp_path / "run") if "eval_loss" in line] == []
     status = 130 if number == signal.SIGINT else STOPPED
     assert [result.returncode for result in results] == [status] * num_processes
     assert f"stopped by {signal.Signals(number).name}" in results[0].stdout
@@ -121,9 +121,9 @@ def test_a_signal_to_a_process_and_its_data_loader_workers_saves_a_checkpoint(nu
     assert len(workers) == 2
     for each in (*workers, process):
         each.send_signal(number)
-    assert running.wait(30).returncode == status
+    assert running.wait().returncode == status
     assert len(complete_checkpoints(tmp_path / "run")) == 1
-    assert not psutil.wait_procs(workers, timeout=10)[1]
+    assert not psutil.wait_procs(workers, timeout=60)[1]
 
 
 WORKERS = ("--dataloader_num_workers", 2)
@@ -151,7 +151,7 @@ def test_a_launcher_that_passes_nothing_on_takes_its_process_with_it(number, dat
     finally:
         launcher.send_signal(number)
     launcher.wait()
-    _, alive = psutil.wait_procs([process], timeout=30)
+    _, alive = psutil.wait_procs([process], timeout=60)
     for each in alive:
         each.kill()
     assert not alive
@@ -187,14 +187,15 @@ def test_a_signal_to_the_launcher_saves_a_checkpoint(data_dir, tmp_path):
         launcher = subprocess.Popen([str(word) for word in words], env=environment, stdout=output, stderr=output)
     try:
         wait_until(lambda: (tmp_path / "run/metrics.jsonl").exists())
-        started = time.monotonic()
         launcher.send_signal(signal.SIGTERM)
-        assert launcher.wait(60) != 0
-        assert time.monotonic() - started < 30
+        assert launcher.wait(300) != 0
     finally:
         launcher.kill()
     (folder,) = complete_checkpoints(tmp_path / "run")
     assert verify(folder) == []
+    # Both have ended by themselves: the launcher kills after half a minute what has not, and says so.
+    assert "stopped by SIGTERM" in (tmp_path / "output").read_text()
+    assert "SIGKILL" not in (tmp_path / "output").read_text()
 
 
 # Rows 9, 10: loss and gradients
@@ -345,16 +346,14 @@ def fail() -> None:
 )
 def test_a_process_that_dies_or_stalls_is_named_by_the_others(num_processes, victim, action, data_dir, tmp_path):
     arguments = flags(data_dir, tmp_path / "run", "--max_steps", 100_000, "--ddp_timeout", 8)
-    started = time.monotonic()
     fault = functools.partial(on_call, Accelerator.accumulate, 10, action)
     processes = start_ranks(num_processes, "train_accelerate.py", *arguments, faults={victim: fault})
     others = [process for rank, process in enumerate(processes) if rank != victim]
     try:
-        results = [process.wait(40) for process in others]
+        results = [process.wait() for process in others]  # not after the half hour that --ddp_timeout is by default
     finally:
         for process in processes:
             process.process.kill()
-    assert time.monotonic() - started < 40
     assert [result.returncode for result in results] == [1] * len(others)
     said = "".join(result.stderr for result in results)
     assert f"error: process {victim} does not answer: it has died or stalls (said by process " in said
@@ -366,7 +365,7 @@ def test_a_process_that_others_wait_for_says_what_it_is_doing(data_dir, tmp_path
     arguments = flags(data_dir, tmp_path / "run", "--max_steps", 100_000, "--ddp_timeout", 5)
     processes = start_ranks(2, "train_accelerate.py", *arguments, faults={1: fault})
     try:
-        result = processes[0].wait(60)
+        result = processes[0].wait()
     finally:
         processes[1].process.kill()
     assert result.returncode == 1

@@ -174,7 +174,7 @@ def test_a_hub_that_is_away_for_longer_than_its_clients_wait_costs_no_document(f
                 assert running.output("stdout") == "has begun\n"
                 hub.fail(failures, 503, matching=f".{form}")
                 go_on.write_text("")
-                result = running.wait(60)
+                result = running.wait()
             finally:
                 running.process.kill()
             found[failures] = json.loads(result.stdout.splitlines()[1]), result.stderr

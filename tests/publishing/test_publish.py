@@ -329,7 +329,7 @@ def test_a_run_that_is_stopped_while_it_publishes_does_not_wait(data_dir, tmp_pa
             running = processes.start(*command, **environment)
             processes.wait_until(lambda: hub.awaited != set())
             os.kill(running.pid, signal.SIGTERM)
-            stopped = running.wait(timeout=20)
+            stopped = running.wait()
         assert stopped.returncode == STOPPED
         assert "stopped by SIGTERM before it was published: the same command does that" in stopped.stderr
         assert "published as us/model, revision " in succeed(script(*command, **environment)).stdout

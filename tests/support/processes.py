@@ -111,7 +111,7 @@ def run_ranks(
     return [running.wait() for running in start_ranks(num_processes, name, *arguments, **options)]
 
 
-def wait_until(condition: Callable[[], bool], timeout: float = 60) -> None:
+def wait_until(condition: Callable[[], bool], timeout: float = TIMEOUT) -> None:
     deadline = time.monotonic() + timeout
     while not condition():
         assert time.monotonic() < deadline, "it did not come to that"
