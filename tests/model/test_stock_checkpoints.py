@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from conftest import run, succeed
+from optimum.quanto import QLinear
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from support.tiny_models import (
@@ -18,8 +19,7 @@ from support.tiny_models import (
     tiny_model,
     tiny_stock_model,
 )
-from torchao.quantization import Int8Tensor, Int8WeightOnlyConfig
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, GPT2Model, LlamaConfig, TorchAoConfig
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, GPT2Model, LlamaConfig, QuantoConfig
 
 from modeling_gpt2scratch import PRESETS, GPT2ScratchConfig, GPT2ScratchForCausalLM, GPT2ScratchModel
 
@@ -62,12 +62,12 @@ def test_weights_that_are_quantised_while_they_are_loaded_are_those_of_the_model
     if cls is AutoModelForCausalLM:  # by name, which a stock config's would be stock's class
         config = json.loads((tmp_path / "own/config.json").read_text())
         (tmp_path / "stock/config.json").write_text(json.dumps(config))
-    quantization = TorchAoConfig(Int8WeightOnlyConfig())
+    quantization = QuantoConfig(weights="int8")
     logits = []
     for layout in ("stock", "own"):
         model = load(tmp_path / layout, cls, quantization_config=quantization)
         assert isinstance(model, GPT2ScratchForCausalLM)
-        assert all(isinstance(layer.self_attn.k_proj.weight, Int8Tensor) for layer in model.model.layers)
+        assert all(isinstance(layer.self_attn.k_proj, QLinear) for layer in model.model.layers)
         logits.append(model(random_ids(2, 12)).logits)
     assert torch.equal(*logits)
     expected = stock(random_ids(2, 12)).logits
