@@ -3,20 +3,23 @@
 import argparse
 import copy
 import dataclasses
+import errno
 import json
 import logging
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, TypeVar
 
 import yaml
 from transformers import HfArgumentParser
 
-from pretraining.errors import ProcessError, UserError, nearest
+from pretraining.errors import ProcessError, UserError, nearest, one_line
 
 T = TypeVar("T")
+PATH_FLAGS = ("_dir", "_file", "_name", "_path", "resume_from_checkpoint")  # ends of names
 
 
 def flag(default: Any, help: str, **kwargs: Any) -> Any:
@@ -49,6 +52,8 @@ def parse_arguments(arguments_class: type[T], description: str, argv: list[str] 
     problems += _problems_of_stray_words(_stray_words(unknown))
 
     arguments = arguments_class(**{name: getattr(namespace, name) for name in names})
+    if paths := problems_of_paths(arguments):
+        raise UserError(*problems, *paths)  # the others could not look at them
     if hasattr(arguments, "problems"):
         problems += arguments.problems()
     if problems:
@@ -65,6 +70,19 @@ def problems_of_range(args: object, names: list[str], least: int, most: int | No
         for name, value in values.items()
         if value is not None and (value < least or (most is not None and value > most))
     ]
+
+
+def problems_of_paths(args: object) -> list[str]:
+    """Return a message for each value of a flag that names files but cannot be the name of one."""
+    found = []
+    for name, value in vars(args).items():
+        if isinstance(value, str) and name.endswith(PATH_FLAGS):
+            try:
+                os.stat(value)
+            except (OSError, ValueError) as error:
+                if isinstance(error, ValueError) or error.errno == errno.ENAMETOOLONG:
+                    found.append(f"--{name} {shorten(value, 60)} cannot be the name of a file: {one_line(error)}")
+    return found
 
 
 def run_script(main: Callable[[], None]) -> None:
@@ -144,8 +162,8 @@ def _read_recipe(path: str | None) -> dict:
         recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
     except OSError as error:
         raise UserError(f"--config {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: dates and bytes that are none
+        raise UserError(f"--config {path} is not valid YAML: {one_line(error)}") from None
     if not isinstance(recipe, dict):
         raise UserError(f"--config {path} must hold 'name: value' lines, got a {type(recipe).__name__}")
     return recipe
@@ -205,6 +223,6 @@ def _stray_words(unknown: list[str]) -> list[str]:
 
 def _problems_of_stray_words(words: list[str]) -> list[str]:
     """Several files, where there should be one pattern, are what a shell makes of a pattern."""
-    if len(words) > 1 and all(Path(word).exists() for word in words):
+    if len(words) > 1 and all(os.path.exists(word) for word in words):
         return [f"'{words[0]}' and {len(words) - 1} more are not flags: a pattern goes in quotes, as 'texts/*.txt'"]
     return [f"'{word}' is not a flag" for word in words]

@@ -13,6 +13,9 @@ SYNONYMS = {
 }
 
 
+LONGEST = 1200  # characters of a message
+
+
 class UserError(ValueError):
     """
     Something that the person at the command line can put right. `run_script` prints its message, one line a problem,
@@ -20,12 +23,22 @@ class UserError(ValueError):
     """
 
     def __init__(self, *problems: str):
-        self.problems = problems
-        super().__init__("\n".join(problems))
+        self.problems = tuple(map(printable, problems))
+        super().__init__("\n".join(self.problems))
 
 
 class ProcessError(UserError):
     """A `UserError` that the other processes of a launch know nothing of."""
+
+
+def printable(problem: str) -> str:
+    """
+    Return a message as one line of a bearable length: it may quote a file or a flag with whatever in it.
+    """
+    line = "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode() for character in problem
+    )
+    return line if len(line) <= LONGEST else f"{line[: LONGEST - 300]} [...] {line[-290:]}"
 
 
 def one_line(error: BaseException) -> str:

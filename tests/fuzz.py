@@ -37,7 +37,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 from huggingface_hub import ModelCard
-from hypothesis import HealthCheck, given, seed, settings
+from hypothesis import HealthCheck, Phase, Verbosity, given, seed, settings
 from hypothesis import strategies as st
 from support.generated_items import generated_records
 from support.tiny_models import tiny_model
@@ -62,7 +62,6 @@ from pretraining.publishing.card_edits import converted_card, renamed_card, upda
 from pretraining.publishing.model_card import hellaswag_results
 from pretraining.publishing.push import published, read_card
 from pretraining.records.metrics import read_metrics, truncate
-from pretraining.records.plots import plot_loss
 from pretraining.text.documents import local_corpus
 from pretraining.tokenization.byte_level_bpe import bytes_of_tokens
 from pretraining.tokenization.encoding import Encoder
@@ -116,7 +115,7 @@ def damaged_tree(draw: Callable, tree: Any) -> Any:
             parent = value
             key = draw(st.sampled_from(list(value) if isinstance(value, dict) else range(len(value))))
             value = parent[key]
-        strange = draw(st.sampled_from(STRANGE))
+        strange = copy.deepcopy(draw(st.sampled_from(STRANGE)))  # which a later damage may change
         if parent is None:
             if draw(st.integers(0, 20)) == 0:
                 return strange
@@ -403,7 +402,6 @@ def read_metrics_file(folder: Path) -> None:
     read_metrics(folder / "run")
     best_checkpoint(folder / "run")
     mark_best(folder / "run")
-    plot_loss(folder / "run", {})
     truncate(folder / "run/metrics.jsonl", 3, False)
 
 
@@ -552,7 +550,14 @@ def try_reader(name: str, examples: int, number: int = 0) -> dict[str, int]:
         reader.read(place / "work")  # what is not damaged is read
 
         @seed(number)
-        @settings(max_examples=examples, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+        @settings(
+            max_examples=examples,
+            deadline=None,
+            database=None,
+            suppress_health_check=list(HealthCheck),
+            phases=[Phase.generate, Phase.shrink],
+            verbosity=Verbosity.quiet,  # it would print whole files
+        )
         @given(reader.damage(content))
         def attempt(damaged: bytes) -> None:
             shutil.rmtree(place)
@@ -570,6 +575,9 @@ def try_reader(name: str, examples: int, number: int = 0) -> dict[str, int]:
                 longest = max(map(len, lines), default=0)
                 assert 0 < longest <= CHARACTERS, f"a line of {longest} characters"
                 outcomes["refused"] += 1
+            except Exception as error:
+                error.add_note(f"damaged: {damaged[:200]!r}{'...' if len(damaged) > 200 else ''}")
+                raise
             assert os.listdir(place) == ["work"], "something was written outside of the folder"
 
         attempt()

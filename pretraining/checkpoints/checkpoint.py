@@ -11,7 +11,6 @@ The first process writes all of it, from states that are gathered whole. So a ch
 model was wrapped or sharded, and of several machines only the first one needs to have the folder.
 """
 
-import pickle
 import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -37,14 +36,13 @@ from torch.optim import Optimizer
 from pretraining.checkpoints.folders import GENERATORS, OPTIMIZER, checkpoint_folder, commit, mark_best, rotate
 from pretraining.checkpoints.state import Position
 from pretraining.distributed.processes import on_main_process
-from pretraining.errors import UserError, one_line
+from pretraining.errors import ProcessError, UserError, one_line
 from pretraining.files import INCOMPLETE
 from pretraining.hardware import restore_generators
 from pretraining.records.run_files import WEIGHTS
 
 FULL_STATE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 # What is raised by reading a file that is of another kind than it should be.
-OF_ANOTHER_KIND = (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError, pickle.UnpicklingError)
 
 
 def full_weights(accelerator: Accelerator, model: nn.Module) -> dict[str, Any]:
@@ -192,20 +190,17 @@ def load_checkpoint(accelerator: Accelerator, folder: Path, model: nn.Module, op
             if not all(isinstance(states["cpu"], torch.ByteTensor) for states in generators):
                 raise ValueError(f"{GENERATORS} has no states of generators")
             return Position.read(folder), generators
-        except OF_ANOTHER_KIND as error:
+        except Exception as error:  # whatever bytes that are something else make of these readers
             raise UserError(f"{folder} holds something else than a checkpoint: {one_line(error)}") from error
 
     position, generators = on_main_process(accelerator.state, read)
-    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=accelerator.num_processes > 1)
-    set_model_state_dict(model, weights, options=options)
-    _restore_optimizer(model, optimizer, optimizer_state["optimizers"], options)
-    scaler_state = broadcast_object_list([optimizer_state.get("scaler")])[0]
-    if accelerator.scaler is not None and scaler_state:
-        accelerator.scaler.load_state_dict(scaler_state)
-    if len(generators) == accelerator.num_processes:
-        restore_generators(generators[accelerator.process_index], accelerator.device)
-    else:  # not the first step's dropout once more
-        torch.manual_seed(torch.initial_seed() + position.step)
+    try:
+        _restore(accelerator, model, optimizer, weights, optimizer_state)
+        _restore_generators(accelerator, generators, position.step)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a state of another model, or of anything
+        raise ProcessError(f"{folder} holds something else than a checkpoint: {one_line(error)}") from error
     return position.of_process(accelerator.process_index)
 
 
@@ -216,6 +211,25 @@ def _read_weights(folder: Path, accelerator: Accelerator, model: nn.Module) -> d
     if {name: weight.shape for name, weight in weights.items()} != {name: own[name].shape for name in own}:
         raise ValueError("the weights are those of another model")
     return weights
+
+
+def _restore(
+    accelerator: Accelerator, model: nn.Module, optimizer: Optimizer, weights: dict, optimizer_state: dict
+) -> None:
+    """Restore weights, optimizer and loss scale, which are those of the first process, and empty on the others."""
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=accelerator.num_processes > 1)
+    set_model_state_dict(model, weights, options=options)
+    _restore_optimizer(model, optimizer, optimizer_state["optimizers"], options)
+    scaler_state = broadcast_object_list([optimizer_state.get("scaler")])[0]
+    if accelerator.scaler is not None and scaler_state:
+        accelerator.scaler.load_state_dict(scaler_state)
+
+
+def _restore_generators(accelerator: Accelerator, generators: list[dict], step: int) -> None:
+    if len(generators) == accelerator.num_processes:
+        restore_generators(generators[accelerator.process_index], accelerator.device)
+    else:  # not the first step's dropout once more
+        torch.manual_seed(torch.initial_seed() + step)
 
 
 def _restore_optimizer(model: nn.Module, optimizer: Optimizer, state: dict, options: StateDictOptions) -> None:

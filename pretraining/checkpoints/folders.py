@@ -171,7 +171,8 @@ def rotate(output_dir: Path, save_total_limit: int, keep: Iterable[Path | None])
 
 def best_checkpoint(output_dir: Path) -> tuple[Path, float] | None:
     """The checkpoint with the lowest evaluation loss, and that loss; None if none was evaluated."""
-    losses = {line["step"]: line["eval_loss"] for line in read_metrics(output_dir) if "eval_loss" in line}
+    lines = read_metrics(output_dir)
+    losses = {line["step"]: line["eval_loss"] for line in lines if line.get("eval_loss") is not None}
     folders = [folder for folder in complete_checkpoints(output_dir) if step_of(folder) in losses]
     if not folders:
         return None

@@ -11,6 +11,9 @@ ARCHITECTURE = """vocab_size n_positions n_embd n_layer n_head n_inner activatio
     attn_pdrop layer_norm_epsilon qkv_bias tie_word_embeddings""".split()
 
 
+PARTS = ("settings", "config", "data", "binding")  # of an identity, each a dictionary
+
+
 def identity(
     settings: dict, config: PreTrainedConfig, tokenizer: str, data: dict[str, str], binding: dict, tokens_per_step: int
 ) -> dict:
@@ -47,7 +50,9 @@ def differences(
     """
     changeable = [] if is_finished else CHANGEABLE
     found = []
-    before = {**before, "settings": {**(defaults or {}), **before.get("settings", {})}}
+    parts = {name: part if isinstance(part, dict) else {} for name, part in before.items() if name in PARTS}
+    before = {**before, **parts}
+    before["settings"] = {**(defaults or {}), **before.get("settings", {})}
     for part, what in (("settings", "--{}"), ("config", "a model of {}")):
         for key, value in now[part].items():
             old = before.get(part, {}).get(key)

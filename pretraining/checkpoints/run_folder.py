@@ -132,14 +132,14 @@ def _read_arguments(output_dir: Path) -> dict:
     path = output_dir / TRAINING_ARGS
     try:
         return dict(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError, yaml.YAMLError):
+    except (ValueError, TypeError, RecursionError, yaml.YAMLError):
         raise UserError(f"{path} is damaged: without it nobody knows what run this is") from None
 
 
 def _check_finished(output_dir: Path, identity: dict, defaults: dict) -> None:
     try:
         before = dict(json.loads((output_dir / IDENTITY).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return  # a model that came from elsewhere: it is left as it is
     # Its precision may be another, as nothing is trained.
     if problems := differences(before, identity, ["mixed_precision"], defaults, is_finished=True):

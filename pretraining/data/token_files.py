@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pretraining.data.data_folder import DataFolder
 from pretraining.data.packed_rows import PackedDataset, full_rows
-from pretraining.errors import UserError
+from pretraining.errors import UserError, one_line
 from pretraining.tokenization.byte_level_bpe import bytes_of_tokens
 
 LLMC_MAGIC, LLMC_VERSION, LLMC_HEADER_BYTES = 20240520, 1, 256 * 4
@@ -125,8 +125,8 @@ def _open_token_file(path: Path, block_size: int) -> np.ndarray:
 def _open_npy(path: Path) -> np.ndarray:
     try:
         tokens = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{path} is damaged, it is no NumPy array: {error}") from None
+    except Exception as error:  # its header is parsed as Python's, whose errors are many
+        raise UserError(f"{path} is damaged, it is no NumPy array: {one_line(error)}") from None
     if not isinstance(tokens, np.ndarray):
         raise UserError(f"{path} is damaged, it is a NumPy archive and no array")
     if tokens.ndim != 1 or tokens.dtype != np.uint16:

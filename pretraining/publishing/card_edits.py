@@ -7,7 +7,6 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard
 from transformers import PreTrainedConfig
-from yaml import YAMLError
 
 from pretraining.errors import UserError, one_line
 from pretraining.files import write_text
@@ -111,6 +110,12 @@ def _read(text: str) -> ModelCard:
     if not text.startswith("---"):  # no metadata: what the Hub needs to know at least
         text = f"---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [gpt2]\n---\n\n{text}"
     try:
-        return ModelCard(text)
-    except (ValueError, TypeError, YAMLError) as error:
+        card = ModelCard(text)
+        data: Any = card.data
+        texts = [data.model_name or "", data.license or "", *(data.tags or [])]
+        if wrong := [value for value in texts if not isinstance(value, str)]:
+            raise ValueError(f"{wrong[0]!r} where a text is expected")
+        str(card)
+    except Exception as error:  # whatever somebody wrote there: of YAML and huggingface_hub
         raise UserError(f"{CARD} has metadata that is not valid: {one_line(error)}") from None
+    return card

@@ -63,9 +63,12 @@ def _code(folder: Path) -> set[Path]:
     if not names_code and not (folder / CODE).exists():
         return set()
     try:
-        return {folder / CODE, *map(Path, get_relative_import_files(folder / CODE))}
-    except OSError as error:
+        code = {folder / CODE, *map(Path, get_relative_import_files(folder / CODE))}
+    except (OSError, ValueError) as error:  # a file that is missing, or no text
         raise UserError(f"{folder} has not all of the model's code: {one_line(error)}") from None
+    if outside := [path for path in code if not path.resolve().is_relative_to(folder.resolve())]:
+        raise UserError(f"{folder / CODE} imports {min(outside)}, which is outside of the folder")
+    return code
 
 
 def read_card(folder: Path) -> str | None:

@@ -25,31 +25,52 @@ def append_line(path: Path, values: dict) -> None:
 
 
 def read_metrics(output_dir: Path) -> list[dict]:
-    """The lines of metrics.jsonl, but for a last one that is just being written."""
+    """
+    Return the lines of metrics.jsonl, but for a last one that is just being written, and what a crash of the machine
+    left in it.
+    """
     path = output_dir / METRICS
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    found = [_parse(line) for line in lines if line.endswith("\n")]
+    return [line for line in found if line is not None and _is_of_metrics(line)]
 
 
 def truncate(path: Path, last_step: int, is_due: bool) -> None:
     """
-    Drop the lines after `last_step`, those of its evaluations if they are still due, and a last line that a killed run
-    left unfinished.
+    Drop the lines after `last_step`, those of its evaluations if they are still due, and what a run or machine that
+    ended suddenly left unfinished.
     """
     if not path.is_file():
         return
     kept = []
-    for text in path.read_text(encoding="utf-8").splitlines():
-        try:
-            line = json.loads(text)
-        except json.JSONDecodeError:
+    for text in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+        line = _parse(text)
+        if line is None:
             continue
         is_evaluation = not EVALUATIONS.isdisjoint(line)
         if line["step"] < last_step or (line["step"] == last_step and not (is_due and is_evaluation)):
             kept.append(text + "\n")
     write_text(path, "".join(kept))
+
+
+def _parse(text: str) -> dict | None:
+    """Return a line, or None if it is not one that this program writes."""
+    try:
+        line = json.loads(text, parse_constant=_refuse)
+    except (ValueError, RecursionError):
+        return None
+    return line if isinstance(line, dict) and type(line.get("step")) is int else None
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")
+
+
+def _is_of_metrics(line: dict) -> bool:
+    clock = all(type(line.get(name)) in (int, float) for name in CLOCK)
+    return clock and all(value is None or type(value) in (int, float) for value in line.values())
 
 
 def finite(value: float) -> float | None:

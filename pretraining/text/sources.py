@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 
 import yaml
 
-from pretraining.cli import flag, problems_of_range
+from pretraining.cli import flag, problems_of_paths, problems_of_range
 from pretraining.errors import UserError, nearest, one_line
 
 
@@ -63,7 +63,7 @@ class Source(TextSource):
 
     def problems(self, streaming: bool) -> list[str]:
         """What is wrong with it by itself, to train on: an empty list if nothing is."""
-        found = self.problems_of_text()
+        found = self.problems_of_text() + problems_of_paths(self)
         if sum(map(bool, (self.data_dir, self.dataset_name, self.train_file))) != 1:
             found.append("give one of --data_dir, --dataset_name and --train_file")
         if self.data_dir and streaming:
