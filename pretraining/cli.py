@@ -10,7 +10,6 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from textwrap import shorten
 from typing import Any, TypeVar
 
 import yaml
@@ -80,8 +79,9 @@ def problems_of_paths(args: object) -> list[str]:
             try:
                 os.stat(value)
             except (OSError, ValueError) as error:
+                reason = getattr(error, "strerror", None) or str(error)
                 if isinstance(error, ValueError) or error.errno == errno.ENAMETOOLONG:
-                    found.append(f"--{name} {shorten(value, 60)} cannot be the name of a file: {one_line(error)}")
+                    found.append(f"--{name} {value[:60]}... cannot be the name of a file: {reason}")
     return found
 
 

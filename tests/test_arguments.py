@@ -120,3 +120,17 @@ def test_help_is_in_groups_of_a_screen_and_begins_with_examples(module, monkeypa
     for field in dataclasses.fields(arguments):
         assert len(re.findall(rf"^  --{field.name}\b", text, re.MULTILINE)) == 1
     assert "--learning_rate X" in text or module is not train_accelerate
+
+
+def test_what_cannot_be_the_name_of_a_file_is_refused():
+    for value, reason in (("a" * 300, "File name too long"), ("a\0b", "embedded null byte")):
+        with pytest.raises(UserError) as error:
+            parse_arguments(TrainArguments, "", ["--output_dir", value, "--data_dir", "data"])
+        (problem,) = error.value.problems
+        assert problem.startswith("--output_dir a") and problem.endswith(f"... cannot be the name of a file: {reason}")
+
+
+def test_a_message_is_one_line_of_a_bearable_length_whatever_it_quotes():
+    error = UserError("a\nb\x00\ud800 é", "x" * 5000)
+    assert error.problems[0] == "a\\nb\\x00\\ud800 é"
+    assert len(error.problems[1]) < 1300 and " [...] " in error.problems[1]

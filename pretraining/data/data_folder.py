@@ -105,7 +105,7 @@ def read_data_folder(folder: Path) -> dict:
         missing = {"source", "documents", "tokenizer", "block_size", "settings", "splits"} - info.keys()
         if not missing and version == FORMAT_VERSION:
             _check_description(info)
-    except (json.JSONDecodeError, UnicodeDecodeError, LookupError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error!r}): prepare the data again") from None
     if version != FORMAT_VERSION:
         raise UserError(f"{path} has format version {version}, this program reads {FORMAT_VERSION}")

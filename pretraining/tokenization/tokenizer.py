@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -43,6 +44,25 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> PreTrainedToke
     )
 
 
+def open_tokenizer(name_or_path: str | Path, **options: Any) -> PreTrainedTokenizerBase:
+    """
+    Open a tokenizer of any kind.
+
+    Args:
+        options: more arguments of `from_pretrained`.
+
+    Raises:
+        UserError: if it cannot be loaded.
+    """
+    try:
+        check_name(str(name_or_path))
+        return AutoTokenizer.from_pretrained(name_or_path, **options)
+    except BaseException as error:  # tokenizers raises nothing more special, and panics on some damaged files
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise UserError(f"the tokenizer {name_or_path} cannot be loaded: {one_line(error)}") from None
+
+
 def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
     """
     A tokenizer on the Hub or in a folder.
@@ -54,11 +74,7 @@ def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
 
     if isinstance(name_or_path, Path) and not name_or_path.is_dir():
         raise UserError(f"the tokenizer's folder {name_or_path} is missing")
-    try:
-        check_name(str(name_or_path))
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
-    except Exception as error:  # tokenizers raises nothing more special
-        raise UserError(f"the tokenizer {name_or_path} cannot be loaded: {one_line(error)}") from None
+    tokenizer = open_tokenizer(name_or_path, trust_remote_code=False)
     if not tokenizer.is_fast:
         raise UserError(f"the tokenizer {name_or_path} has no tokenizer.json: only fast tokenizers can be used")
     if tokenizer.eos_token_id is None:

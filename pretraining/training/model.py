@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -18,7 +17,7 @@ from modeling_gpt2scratch import PRESETS, GPT2ScratchConfig, GPT2ScratchForCausa
 from pretraining.errors import UserError, counted, nearest, one_line
 from pretraining.hub import check_name
 from pretraining.kernels.tiled_attention import TILED
-from pretraining.tokenization.tokenizer import load_tokenizer, tokenizer_fingerprint
+from pretraining.tokenization.tokenizer import load_tokenizer, open_tokenizer, tokenizer_fingerprint
 
 
 def load_model(model_class: Any, name_or_path: str, **options: Any) -> PreTrainedModel:
@@ -93,11 +92,7 @@ def load_model_and_tokenizer(
     Raises:
         UserError: if either cannot be loaded.
     """
-    model = load_model(model_class, name_or_path, **options)
-    try:
-        return model, AutoTokenizer.from_pretrained(name_or_path, **options)
-    except Exception as error:  # tokenizers raises nothing more special
-        raise UserError(f"the tokenizer of {name_or_path} cannot be loaded: {one_line(error)}") from None
+    return load_model(model_class, name_or_path, **options), open_tokenizer(name_or_path, **options)
 
 
 def load_config(
