@@ -14,6 +14,7 @@ import publish_model
 import train_accelerate
 from pretraining.cli import flag, parse_arguments
 from pretraining.errors import UserError
+from pretraining.training.flags import TrainArguments
 
 
 @dataclass

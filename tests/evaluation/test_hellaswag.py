@@ -332,9 +332,8 @@ def test_a_model_that_sees_no_trees_is_scored_all_the_same_and_that_is_told(tmp_
 def test_what_cannot_be_written_does_not_keep_the_rest_from_being_written(tmp_path, model_folder):
     data_file = write_items(tmp_path / "items.jsonl", generated_records(2))
     arguments = ("--model_name_or_path", model_folder, "--data_file", data_file, "--output_file", tmp_path / "r.json")
-    run = script(
-        "eval_hellaswag.py", *arguments, "--predictions_file", tmp_path / ("x" * 250)
-    )  # and what is behind it until it is whole
+    # Too long a name only with what is behind it until the file is whole.
+    run = script("eval_hellaswag.py", *arguments, "--predictions_file", tmp_path / ("x" * 250))
     assert run.returncode == 2 and "Traceback" not in run.stderr
     assert run.stderr.splitlines()[-1].endswith(f"{'x' * 250} cannot be written: File name too long")
     assert json.loads(run.stdout) == json.loads((tmp_path / "r.json").read_text())
