@@ -90,7 +90,6 @@ def _save(figure: "Figure", axes: "Axes", path: Path) -> None:
     path.parent.mkdir(exist_ok=True)
     temporary = path.with_name(path.name + INCOMPLETE)
     figure.savefig(temporary, dpi=120, format="png")
-    figure.clear()  # or its parts, which refer to each other, are 1.6 MB until Python looks for such circles
     os.replace(temporary, path)
 
 

@@ -1,6 +1,8 @@
 """What a run reports while it trains: loss and speed, evaluations, HellaSwag and samples."""
 
+import gc
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -84,7 +86,7 @@ class Reports:
             references = {name: rate * nats for name, rate in validation.compression_rates.items()}
             names = [source["name"] for source in setup.data.sources]
             references |= comparable_losses(names, setup.data.tokenizer)
-            self.log.attempt(LOSS_PLOT, lambda: plot_loss(setup.output_dir, references))
+            self._draw(LOSS_PLOT, lambda: plot_loss(setup.output_dir, references))
         progress.restart_interval()
 
     def hellaswag(self) -> None:
@@ -100,7 +102,7 @@ class Reports:
                 f"step {self.progress.step}: HellaSwag acc {values['hellaswag_acc']:.4f}, "
                 f"acc_norm {values['hellaswag_acc_norm']:.4f} of {values['hellaswag_n']:,} items"
             )
-            self.log.attempt(HELLASWAG_PLOT, lambda: plot_hellaswag(setup.output_dir))
+            self._draw(HELLASWAG_PLOT, lambda: plot_hellaswag(setup.output_dir))
         self.progress.restart_interval()
 
     def sample(self) -> None:
@@ -113,6 +115,12 @@ class Reports:
         for sample in self.samples:
             self.log.write(f"--- sample at step {self.progress.step}\n{sample}\n---")
         self.progress.restart_interval()
+
+    def _draw(self, name: str, plot: Callable[[], None]) -> None:
+        self.log.attempt(name, plot)
+        # The parts of a figure refer to each other, 1.6 MB of them. By itself Python looks for such circles less and
+        # less often in a process with many objects, and a long run grew by 60 MB.
+        gc.collect()
 
     def _warn_of_unusual_first_loss(self, loss: float) -> None:
         """Warn if the loss of an untrained model is not that of equal chances for all tokens, ln(vocabulary)."""
