@@ -9,6 +9,7 @@ import sys
 from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 import torch
 import yaml
@@ -16,6 +17,7 @@ from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
 from conftest import REPOSITORY, TINY, make_documents, metrics, run, script, succeed, train, warnings_in
 from safetensors.torch import load_file
+from support.processes import start, wait_until
 from support.tiny_models import random_ids, tiny_model, tiny_stock_model
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
@@ -27,6 +29,7 @@ from pretraining.data.row_order import RowOrder
 from pretraining.optimization.optimizer import build_optimizer
 from pretraining.optimization.schedule import learning_rate_factor
 from pretraining.records import run_log
+from pretraining.records.metrics import read_metrics
 from pretraining.tokenization.tokenizer import train_tokenizer
 
 STEPS = 300
@@ -344,6 +347,19 @@ def test_what_is_not_finite_is_null_in_the_log_which_is_json(tmp_path):
     with run_log.RunLog(Accelerator(cpu=True), tmp_path, 0, 5, [], {}) as log:
         log.metrics(run, {"loss": 5.0, "grad_norm": float("inf")})
     assert '"loss": 5.0, "grad_norm": null' in (tmp_path / "metrics.jsonl").read_text()
+
+
+def test_memory_does_not_grow_with_evaluations(data_dir, tmp_path):
+    """Each draws a plot, whose figure is 1.6 MB."""
+    flags = ("--config_overrides", TINY, *SMALL_BATCH, "--eval_iters", 1, "--eval_steps", 1, "--report_to", "none")
+    places = ("--data_dir", data_dir, "--output_dir", tmp_path)
+    running = start("train_accelerate.py", *places, *flags, "--max_steps", 70)
+    megabytes = []
+    for evaluations in (10, 60):
+        wait_until(lambda count=evaluations: sum("eval_loss" in line for line in read_metrics(tmp_path)) >= count)
+        megabytes.append(psutil.Process(running.pid).memory_info().rss / 1e6)
+    succeed(running.wait())
+    assert megabytes[1] - megabytes[0] < 5
 
 
 @pytest.mark.parametrize("optim", ["adamw", "muon"])
