@@ -1,6 +1,8 @@
 """Matrix products in fp32 on a CPU, by the faster of the two libraries that torch comes with."""
 
 import functools
+import math
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -9,17 +11,22 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+WIDTH, TIMED_ROUNDS = 768, 5  # of GPT-2 124M; some 60 ms once in a process
+MARGIN = 1.15  # so that every start on a machine decides alike, and the same text is written
+
 
 def fastest_linear(device: torch.device) -> AbstractContextManager:
-    """Return `OneDnnLinear` where a model is on a CPU, and nothing elsewhere, where to ask at each call costs time."""
-    return OneDnnLinear() if device.type == "cpu" else nullcontext()
+    """Return `OneDnnLinear` for a model on a CPU on which oneDNN is faster than MKL, and nothing elsewhere."""
+    if device.type != "cpu" or onednn_linear() is None or onednn_speed() < MARGIN:
+        return nullcontext()
+    return OneDnnLinear()
 
 
 @functools.cache
 def onednn_linear() -> Callable | None:
     """
     Return oneDNN's linear operation, or None if this torch has none that works as expected. The operation is a private
-    one of torch: no public operation multiplies by oneDNN without converting each input.
+    one of torch: no public operation multiplies by oneDNN without converting each input, which costs what is gained.
     """
     hidden, weight, bias = (
         torch.tensor([[1.0, 2.0]]),
@@ -34,6 +41,23 @@ def onednn_linear() -> Callable | None:
     return _call if is_right else None
 
 
+@functools.cache
+@torch.no_grad()
+def onednn_speed() -> float:
+    """Return how many times as fast as MKL oneDNN multiplies here: one row, and a few, by weights from the memory."""
+    rows = [torch.ones(1, WIDTH), torch.ones(8, WIDTH)]
+    weights = [torch.ones(4 * WIDTH, WIDTH) for _ in range(4)]  # 9 MB each, more than most caches hold together
+    fastest = {nn.functional.linear: math.inf, _call: math.inf}
+    for _ in range(TIMED_ROUNDS):
+        for function in fastest:
+            started = time.perf_counter()
+            for weight in weights:
+                for hidden in rows:
+                    function(hidden, weight)
+            fastest[function] = min(fastest[function], time.perf_counter() - started)
+    return fastest[nn.functional.linear] / fastest[_call]
+
+
 def _call(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     return torch.ops.mkldnn._linear_pointwise(hidden, weight, bias, "none", [], "")
 
@@ -41,7 +65,7 @@ def _call(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None 
 class OneDnnLinear(TorchFunctionMode):
     """
     Within it, `nn.functional.linear` in fp32 without gradients is oneDNN's on a CPU, in place of MKL's: the same but
-    for rounding, and twice as fast where the CPU is not Intel's, of which MKL uses half. In a torch without the
+    for rounding, and up to twice as fast where the CPU is not Intel's, of which MKL uses half. In a torch without the
     operation nothing changes.
     """
 

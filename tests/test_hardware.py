@@ -6,6 +6,7 @@ from support.tiny_models import random_ids, tiny_model
 from torch.nn.functional import linear
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from modeling_gpt2scratch import one_dnn
 from modeling_gpt2scratch.one_dnn import OneDnnLinear, onednn_linear
 from pretraining.hardware import device_description, peak_flops, reads_pinned_memory
 
@@ -115,9 +116,18 @@ def test_what_it_is_not_for_is_as_it_was(case):
     assert found.dtype == {"autocast": torch.bfloat16, "float64": torch.float64}.get(case, torch.float32)
 
 
-def test_a_model_generates_with_onednns_products_and_leaves_the_rest_to_torch():
+def test_the_measurement_is_real():
+    assert 0.2 < one_dnn.onednn_speed() < 20
+
+
+def test_a_model_generates_with_onednns_products_where_they_are_faster_and_leaves_the_rest_to_torch(monkeypatch):
     model = tiny_model()
     prompt = random_ids(1, 4)
+    monkeypatch.setattr(one_dnn, "onednn_speed", lambda: 1.0)
+    with Recorder() as recorder:
+        model.generate(prompt, max_new_tokens=2, do_sample=False, pad_token_id=0)
+    assert "mkldnn::_linear_pointwise" not in recorder.names
+    monkeypatch.setattr(one_dnn, "onednn_speed", lambda: 1.3)
     with Recorder() as recorder:
         model.generate(prompt, max_new_tokens=2, do_sample=False, pad_token_id=0)
     assert recorder.names.count("mkldnn::_linear_pointwise") == 2 * (6 * model.config.n_layer + 1)  # with the head
