@@ -12,7 +12,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 WIDTH, TIMED_ROUNDS = 768, 5  # of GPT-2 124M; some 60 ms once in a process
-MARGIN = 1.15  # so that every start on a machine decides alike, and the same text is written
+MARGIN = 1.25  # wide, so that the starts on a machine decide alike
 
 
 def fastest_linear(device: torch.device) -> AbstractContextManager:
@@ -44,7 +44,7 @@ def onednn_linear() -> Callable | None:
 @functools.cache
 @torch.no_grad()
 def onednn_speed() -> float:
-    """Return how many times as fast as MKL oneDNN multiplies here: one row, and a few, by weights from the memory."""
+    """Return how many times as fast as MKL oneDNN multiplies here: one row and eight, by weights out of the memory."""
     rows = [torch.ones(1, WIDTH), torch.ones(8, WIDTH)]
     weights = [torch.ones(4 * WIDTH, WIDTH) for _ in range(4)]  # 9 MB each, more than most caches hold together
     fastest = {nn.functional.linear: math.inf, _call: math.inf}

@@ -42,7 +42,6 @@ from pretraining.hardware import restore_generators
 from pretraining.records.run_files import WEIGHTS
 
 FULL_STATE = StateDictOptions(full_state_dict=True, cpu_offload=True)
-# What is raised by reading a file that is of another kind than it should be.
 
 
 def full_weights(accelerator: Accelerator, model: nn.Module) -> dict[str, Any]:
@@ -197,10 +196,10 @@ def load_checkpoint(accelerator: Accelerator, folder: Path, model: nn.Module, op
     try:
         _restore(accelerator, model, optimizer, weights, optimizer_state)
         _restore_generators(accelerator, generators, position.step)
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # a state of another model, or of anything
-        raise ProcessError(f"{folder} holds something else than a checkpoint: {one_line(error)}") from error
+        raise ProcessError(f"{folder} cannot be restored: {one_line(error)}") from error
     return position.of_process(accelerator.process_index)
 
 

@@ -19,7 +19,9 @@ from pretraining.checkpoints.state import Position
 from pretraining.distributed.processes import on_main_process
 from pretraining.errors import UserError
 from pretraining.files import INCOMPLETE, locked, write_text
-from pretraining.records.run_files import IDENTITY, METRICS, TRAINING_ARGS, WEIGHTS
+from pretraining.records.run_files import IDENTITY, TRAINING_ARGS, WEIGHTS
+
+AT_FIRST = {".lock", TRAINING_ARGS, IDENTITY}  # in the folder of a run that has not begun
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ def open_run_folder(
     """
     Make the run folder, or check that the run there is the one to go on with. A new run's training_args.yaml is
     written here, that of one that goes on by `write_arguments`, when its checkpoint has been loaded. A new folder is
-    deleted again if its run turns out to be impossible before its first line of metrics.
+    deleted again if its run turns out to be impossible before it has left anything there.
 
     Args:
         arguments: every flag.
@@ -77,7 +79,7 @@ def open_run_folder(
         try:
             yield on_main_process(state, work)
         except UserError:
-            if is_new and not (output_dir / METRICS).exists():
+            if is_new and {path.name for path in output_dir.iterdir()} <= AT_FIRST:
                 shutil.rmtree(output_dir, ignore_errors=True)
             raise
 

@@ -160,7 +160,7 @@ def open_arrow_shard(path: Path, described: dict, block_size: int, vocab_size: i
         column = stream.schema.field("input_ids").type
         batches = [batch.column("input_ids").flatten().to_numpy(zero_copy_only=True) for batch in stream]
         found = (sum(map(len, batches)) // column.list_size, column.list_size, str(batches[0].dtype))
-    except (pa.ArrowException, OSError, LookupError, AttributeError, ValueError) as error:
+    except (pa.ArrowException, OSError, LookupError, AttributeError, ValueError, ArithmeticError) as error:
         raise UserError(f"{path} is damaged, it is no Arrow stream of rows ({error}): prepare it again") from None
     expected = (described["rows"], block_size, str(token_dtype(vocab_size)))
     if found != expected:

@@ -289,7 +289,7 @@ class RunCard:
             sources=self.data.sources,
             train_statistics=self.data.statistics,
             validation_statistics=self.data.validation.statistics,
-            evaluation=next((line for line in reversed(lines) if "eval_loss" in line), None),
+            evaluation=next((line for line in reversed(lines) if line.get("eval_loss") is not None), None),
             eval_tokens=args.eval_iters and args.eval_iters * self.tokens_per_step,
             hellaswag=next((line for line in reversed(lines) if "hellaswag_n" in line), None),
             hellaswag_source=Path(args.hellaswag_file).name if args.hellaswag_file else HELLASWAG,

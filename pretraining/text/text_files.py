@@ -59,7 +59,7 @@ def read_text_column(builder: DatasetBuilder, text_column: str) -> IterableDatas
     """
     kind = next((reader for reader in READERS if isinstance(builder, reader)), None)
     if kind is not None:
-        builder = READERS[kind](data_files=builder.config.data_files)
+        builder.__class__ = READERS[kind]  # the same builder, but for how it makes tables
     documents = builder.as_streaming_dataset(split="train")
     features = documents.features or {}
     if text_column not in features:
@@ -116,6 +116,13 @@ class _ArrowText(Arrow):
 
 
 class _JsonText(Json):
+    def _generate_tables(
+        self, base_files: list, files_iterables: list, original_files: list, allow_full_read: bool = True
+    ) -> Iterator:
+        for parts in zip(base_files, files_iterables, original_files, strict=True):
+            tables = super()._generate_tables(*([part] for part in parts), allow_full_read)
+            yield from _naming_the_file(str(parts[0]), tables)
+
     def _cast_table(self, table: pa.Table, *args: Any, **kwargs: Any) -> pa.Table:
         return super()._cast_table(_keep_known_columns(table, self.info.features), *args, **kwargs)
 
@@ -165,9 +172,9 @@ def _read_json_line(line: bytes, number: int, name: str) -> dict:
     try:
         row = json.loads(line.decode("utf-8", errors="surrogateescape"))
         problem = None if isinstance(row, dict) else f"is a {type(row).__name__}, not an object"
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: numbers of thousands of digits too
         row, problem = {}, f"is not JSON: {one_line(error)}"
-    if problem and (line.lstrip().startswith(b"[") or line.strip() == b"{"):
+    if problem and number == 1 and (line.lstrip().startswith(b"[") or line.strip() == b"{"):
         problem = (
             "begins a value of several lines or objects: there has to be one JSON object a line, as "
             "`jq -c '.[]?' IN.json > OUT.jsonl` writes those of an array and `jq -c . IN.json > OUT.jsonl` single ones"

@@ -1,6 +1,7 @@
 """Models: loaded exactly as their files have them, or made from scratch from flags."""
 
-from pathlib import Path
+import os
+import re
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from pretraining.errors import UserError, counted, nearest, one_line
 from pretraining.hub import check_name
 from pretraining.kernels.tiled_attention import TILED
 from pretraining.tokenization.tokenizer import load_tokenizer, open_tokenizer, tokenizer_fingerprint
+
+CAUSAL_MASK = r"\.attn\.(masked_)?bias$"  # a buffer of old stock checkpoints, no weight
 
 
 def load_model(model_class: Any, name_or_path: str, **options: Any) -> PreTrainedModel:
@@ -45,7 +48,8 @@ def load_model(model_class: Any, name_or_path: str, **options: Any) -> PreTraine
             raise UserError(
                 f"{flag} comes with code of its own: read it, and if it may run here, give --trust_remote_code"
             ) from None
-        kind = "" if Path(name_or_path).is_dir() else "is not a folder, and "
+        is_place = isinstance(error, ImportError) or os.path.isdir(name_or_path)
+        kind = "" if is_place else "is not a folder, and "
         raise UserError(f"{flag} {kind}cannot be loaded: {one_line(error)}") from None
     finally:
         logging.set_verbosity(verbosity)
@@ -63,7 +67,7 @@ def problems_of_weights(model: PreTrainedModel, report: dict) -> list[str]:
     problems = []
     if missing := sorted(report["missing_keys"]):
         problems.append(f"lacks {counted(len(missing), 'weight')} that its config.json asks for, such as {missing[0]}")
-    if unexpected := sorted(report["unexpected_keys"]):
+    if unexpected := sorted(name for name in report["unexpected_keys"] if not re.search(CAUSAL_MASK, name)):
         number = counted(len(unexpected), "weight")
         problems.append(f"has {number} that its config.json has no place for, such as {unexpected[0]}")
     if mismatched := sorted(report["mismatched_keys"]):
@@ -74,7 +78,7 @@ def problems_of_weights(model: PreTrainedModel, report: dict) -> list[str]:
             f"{list(wanted)}"
         )
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
-    is_tied = model.config.get_text_config().tie_word_embeddings
+    is_tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
     if not problems and is_tied and head is not None and head.weight is not embeddings.weight:
         problems.append(
             "has an output head that differs from its embeddings, but its config.json ties them: set "

@@ -283,6 +283,14 @@ def test_several_in_a_row_end_the_run_with_a_checkpoint_from_before(num_processe
     assert_equal(tmp_path / "run", tmp_path / "whole")
 
 
+def test_a_run_that_goes_wrong_from_the_first_step_keeps_its_records(data_dir, tmp_path):
+    rows = [row_of(data_dir, step, 1, 0)[1] for step in (1, 2, 3)]
+    arguments = flags(data_dir, tmp_path / "run", "--max_steps", 9, "--max_nonfinite_steps", 3)
+    result = start("train_accelerate.py", *arguments, fault=functools.partial(poison, rows, "loss")).wait()
+    assert result.returncode == 2 and "there is no checkpoint from before" in result.stderr
+    assert len((tmp_path / "run/events.jsonl").read_text().splitlines()) == 3
+
+
 def test_weights_that_are_not_finite_are_not_saved(data_dir, tmp_path):
     more = (
         "--learning_rate",

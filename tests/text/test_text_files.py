@@ -99,6 +99,33 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
     write(tmp_path, "parquet", [pa.table(column(TEXTS)), pa.table({"text": [{"a": 1}]})])
     with pytest.raises(UserError, match=r"1\.parquet: .*[Cc]ast"):
         list(local_corpus(f"{tmp_path}/*.parquet"))
+    (tmp_path / "json").mkdir()
+    write(tmp_path / "json", "jsonl", [pa.table(column(TEXTS))])
+    (tmp_path / "json/1.jsonl").write_text('{"text": oops}\n')
+    with pytest.raises(UserError, match=r"1\.jsonl: "):
+        list(hub_corpus(str(tmp_path / "json"), None, None, "text"))
+
+
+def test_the_configuration_of_a_dataset_is_kept(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps({"data": [{"text": text} for text in TEXTS], "other": 1}))
+    (tmp_path / "README.md").write_text(
+        "---\nconfigs:\n- config_name: default\n  data_files: a.json\n  field: data\n---\n"
+    )
+    assert list(hub_corpus(str(tmp_path), None, None, "text")) == TEXTS
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('["text", 1]', "is a list, not an object"),
+        ("[oops", "is not JSON"),
+        ('{"n": %s}' % ("1" * 5000), "is not JSON"),
+    ],
+)
+def test_a_bad_line_is_named_as_what_it_is(line, message, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n' + line + "\n")
+    with pytest.raises(UserError, match=f"line 2 of a.jsonl {message}"):
+        list(local_corpus(f"{tmp_path}/a.jsonl"))
 
 
 BOM = b"\xef\xbb\xbf"

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.tiny_models import tiny_model
+from support.tiny_models import tiny_model, tiny_stock_model
 from transformers import AutoModelForCausalLM
 
 import eval_hellaswag
@@ -90,6 +90,25 @@ def test_a_head_that_is_stored_is_the_models(fit, offset, tmp_path):
     model = load_model(GPT2ScratchForCausalLM, str(tmp_path))
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == (offset == 0)
     assert torch.equal(model.lm_head.weight, model.model.embed_tokens.weight + offset)
+
+
+def test_causal_masks_of_old_stock_checkpoints_are_no_weights(tmp_path):
+    tiny_stock_model().save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    masks = {
+        "transformer.h.0.attn.bias": torch.ones(1, 1, 24, 24),
+        "transformer.h.0.attn.masked_bias": torch.tensor(-1e4),
+    }
+    save_file(weights | masks, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    for model_class in (GPT2ScratchForCausalLM, AutoModelForCausalLM):
+        assert load_model(model_class, str(tmp_path))
+
+
+def test_a_missing_attention_package_is_not_blamed_on_the_folder(tmp_path):
+    with pytest.raises(UserError, match=r"cannot be loaded: .*[Ff]lash") as error:
+        tiny_model().save_pretrained(tmp_path)
+        load_model(GPT2ScratchForCausalLM, str(tmp_path), attn_implementation="flash_attention_2")
+    assert "is not a folder" not in str(error.value)
 
 
 def test_every_script_refuses_a_model_with_missing_weights(data_dir, tmp_path, refuse):
