@@ -42,8 +42,9 @@ data/demo/dataset.json: | $(TRAINING)
 	$(PYTHON) prepare_data.py --output_dir data/demo --block_size 256
 
 # A file of tests on each of two cores: most of their time is that of processes which they start, one after the other.
+# They come in the order of tests/conftest.py.
 test: $(ALL)
-	$(PYTHON) -m pytest --numprocesses 2 --dist loadfile
+	$(PYTHON) -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 check: $(ALL)
 	$(PYTHON) -m ruff format --check .

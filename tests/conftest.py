@@ -25,6 +25,17 @@ from pretraining.cli import run_script
 
 WORDS = """apple bridge candle desert engine forest garden harbor island jacket kettle ladder meadow needle orchard
     pencil quarry ribbon saddle timber umbrella valley window yellow zebra anchor basket copper dragon ember""".split()
+# The files that take longest are handed out first: none of them is left alone at the end, beside an idle core.
+LONGEST = """test_scale test_checkpoints test_faults test_packing test_training test_publish test_ecosystem test_docs
+    test_data test_stream test_sources test_notebook test_benchmarks test_callers test_hellaswag
+    test_precision""".split()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def place(item: pytest.Item) -> int:
+        return LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST)
+
+    items.sort(key=place)
 
 
 def run(*command: object, cwd: Path = REPOSITORY, **environment: str) -> subprocess.CompletedProcess:
