@@ -91,7 +91,7 @@ def load_model_and_tokenizer(
     model_class: Any, name_or_path: str, **options: Any
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """
-    As `load_model`, with the model's tokenizer.
+    Load a model as `load_model` does, and its tokenizer.
 
     Raises:
         UserError: if either cannot be loaded.

@@ -404,6 +404,11 @@ def test_a_manifest_of_any_kind_is_damaged_at_most(name, content, stopped):
     assert found == stopped / "checkpoint-000004" and message.endswith("manifest.json is damaged")
 
 
+def test_a_name_in_a_manifest_that_no_file_can_have_is_a_missing_file(tmp_path):
+    (tmp_path / "manifest.json").write_text(json.dumps({"files": {"1" * 400: {"bytes": 1, "sha256": "x"}}}))
+    assert verify(tmp_path)[-1] == f"{tmp_path / ('1' * 400)} is missing"
+
+
 @pytest.mark.parametrize(
     "changes",
     [
