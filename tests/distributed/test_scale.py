@@ -47,7 +47,10 @@ def flags(data_dir, tmp_path_factory) -> tuple:
 
 @pytest.fixture(scope="module")
 def reference(flags, tmp_path_factory) -> Path:
-    output_dir = tmp_path_factory.mktemp("reference") / "run"
+    return train_alone(flags, tmp_path_factory.mktemp("reference") / "run")
+
+
+def train_alone(flags: tuple, output_dir: Path) -> Path:
     batch = ("--per_device_train_batch_size", 16)
     result = succeed(script("train_accelerate.py", *flags, *batch, "--output_dir", output_dir))
     (output_dir / "samples.txt").write_text(samples(result))
@@ -130,7 +133,9 @@ def log_output_code() -> None:
     torch._logging.set_logs(output_code=True)
 
 
-def test_two_processes_with_a_compiled_model_and_checkpointed_activations(flags, reference, tmp_path):
+def test_two_processes_with_a_compiled_model_and_checkpointed_activations(flags, tmp_path):
+    flags = (*flags, "--config_overrides", SHAPE.replace("n_layer=2", "n_layer=1"))  # each layer is compiled
+    reference = train_alone(flags, tmp_path / "reference")
     arguments = (*flags, "--per_device_train_batch_size", 4, "--torch_compile", "--gradient_checkpointing")
     arguments += ("--output_dir", tmp_path / "run")
     results = run_ranks(2, "train_accelerate.py", *arguments, faults={0: log_output_code, 1: log_output_code})

@@ -1,14 +1,15 @@
 """The model split over two processes, by transformers' own machinery and this model's plans, is the same model."""
 
 import json
-import sys
 
 import pytest
-from conftest import run, succeed
+from conftest import REPOSITORY, succeed
+from support.processes import run_ranks
 from support.tiny_models import randomise, tiny_model
 
 PROGRAM = """
 import json, sys
+sys.path[:0] = sys.argv[2:]
 from pathlib import Path
 import torch
 import torch.distributed as dist
@@ -48,9 +49,8 @@ def test_a_model_on_two_processes_is_the_same_model(kind, tmp_path):
     randomise(model)
     model.save_pretrained(tmp_path / "saved")
     (tmp_path / "program.py").write_text(PROGRAM)
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2)
-    path = ":".join(sys.path)
-    succeed(run(*launcher, "program.py", kind, cwd=tmp_path, OMP_NUM_THREADS="1", PYTHONPATH=path))
+    for result in run_ranks(2, tmp_path / "program.py", kind, REPOSITORY, REPOSITORY / "tests", cwd=tmp_path):
+        succeed(result)
     for rank in (0, 1):
         report = json.loads((tmp_path / f"report-{rank}.json").read_text())
         assert report["share"] < 0.8  # really split
