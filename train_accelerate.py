@@ -37,7 +37,6 @@ from pretraining.distributed.processes import check_launch, open_state
 from pretraining.distributed.signals import StopSignals, follow_launcher, kill_workers
 from pretraining.distributed.watchdog import Watchdog
 from pretraining.errors import ProcessError, UserError
-from pretraining.optimization.schedule import learning_rate_factor, muon_momentum, set_learning_rate, set_muon_momentum
 from pretraining.publishing.export import write_tokenizer
 from pretraining.publishing.model_card import RunCard
 from pretraining.publishing.run_publishing import (
@@ -199,9 +198,7 @@ class Training:
             # One training step.
             if not bad_steps.not_finite_in_a_row:
                 self.saver.last_good = self.saver.position()
-            factor = learning_rate_factor(progress.step, args.lr_scheduler_type, args.warmup_steps, args.max_steps)
-            learning_rate = set_learning_rate(self.optimizer, factor)
-            set_muon_momentum(self.optimizer, muon_momentum(progress.step))
+            learning_rate = self.setup.schedule.set(self.optimizer, progress.step)
             self.watchdog.doing(f"reading the rows of step {progress.step + 1}")
             rows = [next(self.batches) for _ in range(self.setup.split.gradient_accumulation_steps)]
             self.watchdog.doing(f"in step {progress.step + 1}")

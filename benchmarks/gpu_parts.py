@@ -17,7 +17,6 @@ from benchmarks import head_and_loss as head
 from benchmarks import hellaswag as scoring
 from benchmarks import side_by_side, synthetic
 from benchmarks import training_step as steps
-from benchmarks.optimizers import NAMES
 from modeling_gpt2scratch import GPT2ScratchConfig, GPT2ScratchForCausalLM
 from pretraining.errors import counted
 from pretraining.markdown import table
@@ -210,7 +209,12 @@ def optimizer_shares(scale: Scale, rows: int, mixed_precision: str) -> None:
     start_table("optimizer", "step, ms", "optimizer, ms", "its share")
     for optim in get_args(Optim):
         step, update = seconds_of_optimizer(optim, scale, rows, mixed_precision)
-        say_row(NAMES[optim], f"{1000 * step:.1f}", f"{1000 * update:.2f}", f"{update / step:.1%}")
+        say_row(
+            {"adamw": "AdamW", "muon": "Muon"}[optim],
+            f"{1000 * step:.1f}",
+            f"{1000 * update:.2f}",
+            f"{update / step:.1%}",
+        )
         clear_device_cache(garbage_collection=True)
 
 

@@ -1,14 +1,17 @@
 """
-Measure how many tokens Muon needs to reach the final validation loss of AdamW, both with their best learning rate.
+Compare recipes for the optimizer: the tokens that each needs to reach the final validation loss of AdamW.
 
-    python benchmarks/optimizers.py                                     # on data/demo, about an hour on one CPU core
-    python benchmarks/optimizers.py --steps 800 --jobs 3 --work_dir runs/wide \\
+    python benchmarks/optimizers.py                              # on data/demo, some three hours on one CPU core
+    python benchmarks/optimizers.py --rungs adamw muon normuon   # some of `RUNGS`
+    python benchmarks/optimizers.py --rungs adamw muon best --work_dir runs/wide --steps 800 \\
         --config_overrides n_layer=4,n_embd=256,n_head=4,n_positions=256
 
 Every run is train_accelerate.py in a process of its own. A learning rate that decays makes losses in the middle of a
 run incomparable with those at an end, so each budget of tokens is a complete run with its own schedule, and the tokens
-to a loss are interpolated between the ends of such runs. A learning rate that is best at the edge of its grid extends
-the grid. Finished runs stay in --work_dir and are not repeated: the same command goes on where it was interrupted.
+to a loss are interpolated between the ends of such runs. Each rung has a peak learning rate of its own: the best one
+for a seed that is not among those reported, with a worse one on either side. The rungs of AdamW are trained on all
+tokens, and the best of them sets the loss that the others have to reach. Finished runs stay in --work_dir and are not
+repeated: the same command resumes where it was interrupted.
 """
 
 import json
@@ -18,8 +21,9 @@ import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -30,14 +34,45 @@ from pretraining.markdown import table
 from pretraining.records.metrics import read_metrics
 
 SCRIPT = Path(__file__).resolve().parent.parent / "train_accelerate.py"
-# Of AdamW's steps. Muon's learning rate is tuned at the budget hoped for, and kept at the others, which only costs it.
-TUNED_AT = 0.7
-BUDGETS = (0.12, 0.18, 0.25, 0.4, 0.55, 0.7, 0.85, 1.0)
-# Of a run's steps, long for AdamW's sake: 200 steps at 4e-3 end at 5.36, 5.21 and 4.51 with 0.05, 0.1 and 0.2, 400
-# steps at 3.99 and 3.96 with 0.2 and 0.4. Muon does not mind: 3.77 with 0.1, 3.76 with 0.2, 280 steps at 6e-3.
-WARMUP = 0.3
-CURVE_POINTS = 8
-NAMES = {"adamw": "AdamW", "muon": "Muon"}
+TUNING_SEED = 0
+# Of AdamW's steps: where the other rungs are tuned and compared, and where the crossing is looked for.
+TUNED_AT = 0.4
+BUDGETS = (0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.8, 1.0)
+STEP = 2  # between two learning rates
+
+
+@dataclass(frozen=True)
+class Rung:
+    """
+    A recipe.
+
+    Attributes:
+        title: what makes it different, for the table.
+        learning_rate: where the search for the best one begins.
+        flags: of train_accelerate.py, beside those of `train`. `warmup` is a part of the run's steps.
+    """
+
+    title: str
+    learning_rate: float
+    flags: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_adamw(self) -> bool:
+        return self.flags.get("optim") == "adamw"
+
+
+def adamw(title: str, learning_rate: float = 8e-3, **flags: Any) -> Rung:
+    return Rung(title, learning_rate, {"optim": "adamw", "warmup": 0.3, **flags})
+
+
+def muon(title: str, learning_rate: float = 2.4e-2, **flags: Any) -> Rung:
+    return Rung(title, learning_rate, {"optim": "muon", "warmup": 0.3, **flags})
+
+
+RUNGS = {
+    "adamw": adamw("AdamW"),
+    "muon": muon("Muon"),
+}
 
 
 @dataclass
@@ -47,9 +82,8 @@ class BenchmarkArguments:
     config_overrides: str = flag("n_layer=4,n_embd=128,n_head=4,n_positions=256", "the model")
     per_device_train_batch_size: int = flag(16, "rows in an optimizer step")
     steps: int = flag(400, "AdamW's optimizer steps")
-    seeds: list[int] = flag([1, 2, 3], "each learning rate is run with all of them", nargs="+")
-    adamw_learning_rates: list[float] = flag([4e-3, 8e-3, 1.6e-2], "AdamW's grid", nargs="+")
-    muon_learning_rates: list[float] = flag([1.2e-2, 2.4e-2, 4.8e-2], "Muon's grid", nargs="+")
+    seeds: list[int] = flag([1, 2, 3], "that the best learning rate of each rung is run with", nargs="+")
+    rungs: list[str] = flag(list(RUNGS), "what to compare; one of AdamW at least", nargs="+", choices=list(RUNGS))
     eval_iters: int = flag(None, "see train_accelerate.py; all validation rows if left out")
     mixed_precision: side_by_side.MixedPrecision = flag(None, side_by_side.PRECISION_HELP)
     jobs: int = flag(1, "seeds that run at the same time")
@@ -57,139 +91,206 @@ class BenchmarkArguments:
 
     def problems(self) -> list[str]:
         found = []
-        if len(set(self.seeds)) < 2:
-            found.append("--seeds needs two or more, to tell how much they differ")
-        for name in ("adamw_learning_rates", "muon_learning_rates"):
-            if len(set(getattr(self, name))) < 3:
-                found.append(f"--{name} needs three or more: the best one has to lie between two others")
+        if len(set(self.seeds)) < 2 or TUNING_SEED in self.seeds:
+            found.append(f"--seeds needs two or more, to see how much they differ, and not {TUNING_SEED}")
+        if not any(RUNGS[name].is_adamw for name in self.rungs):
+            found.append("--rungs needs one of AdamW, whose loss the others have to reach")
         if self.steps < 20 or self.jobs < 1:
             found.append("--steps must be at least 20 and --jobs at least 1")
         return found
 
 
-def train(args: BenchmarkArguments, optim: str, learning_rate: float, steps: int, seed: int) -> list[tuple]:
-    """One complete run, unless it is there already. Returns (tokens, validation loss) of its evaluations."""
-    output_dir = Path(args.work_dir) / f"{optim}-{learning_rate:g}-{steps}-{seed}"
-    if not (output_dir / "model.safetensors").exists():
-        flags = {
-            "data_dir": args.data_dir,
-            "output_dir": output_dir,
-            "config_overrides": args.config_overrides,
-            "per_device_train_batch_size": args.per_device_train_batch_size,
-            "optim": optim,
-            "learning_rate": learning_rate,
-            "lr_scheduler_type": "linear",
-            "warmup_steps": round(WARMUP * steps),
-            "max_steps": steps,
-            "seed": seed,
-            # One seed draws the curve; of the others only the end counts.
-            "eval_steps": max(1, steps // CURVE_POINTS) if seed == args.seeds[0] else steps,
-            "eval_iters": args.eval_iters,
-            "save_steps": steps,
-            "report_to": "none",
-        }
-        words = [word for name, value in flags.items() if value is not None for word in (f"--{name}", str(value))]
-        result = subprocess.run(
-            [sys.executable, str(SCRIPT), *words],
-            env={"OMP_NUM_THREADS": "1", **os.environ, "ACCELERATE_MIXED_PRECISION": args.mixed_precision},
-            capture_output=True,
-            text=True,
-        )
-        if result.returncode:
-            raise UserError(f"{output_dir.name} ended with status {result.returncode}: {result.stderr[-2000:]}")
-        print(f"{output_dir.name} is finished", file=sys.stderr, flush=True)
-    return [(line["tokens"], line["eval_loss"]) for line in read_metrics(output_dir) if "eval_loss" in line]
+@dataclass(frozen=True)
+class Result:
+    """
+    What a rung came to.
+
+    Attributes:
+        losses: final validation losses of all seeds, by steps.
+        seconds: median time of a step.
+    """
+
+    rung: Rung
+    learning_rate: float
+    losses: dict[int, list[float]]
+    seconds: float
+
+    def steps_to(self, target: float, seed: int | None = None) -> float:
+        """Return the steps to a loss, of one seed or of the mean of all."""
+        steps = sorted(self.losses)
+        curve = [self.losses[each] for each in steps]
+        values = [statistics.mean(losses) if seed is None else losses[seed] for losses in curve]
+        return crossing(steps, values, target)
 
 
-def final_losses(args: BenchmarkArguments, optim: str, learning_rate: float, steps: int) -> list[float]:
-    """The validation loss at the end of each seed's run."""
-    with ThreadPoolExecutor(args.jobs) as pool:
-        curves = list(pool.map(lambda seed: train(args, optim, learning_rate, steps, seed), args.seeds))
-    return [curve[-1][1] for curve in curves]
-
-
-def tune(args: BenchmarkArguments, optim: str, rates: list[float], steps: int) -> tuple[float, dict]:
-    """The best learning rate, which has a worse one on either side, and all losses."""
-    losses = {}
-    while True:
-        losses |= {rate: final_losses(args, optim, rate, steps) for rate in rates}
-        best = min(losses, key=lambda rate: statistics.mean(losses[rate]))
-        if min(losses) < best < max(losses):
-            return best, dict(sorted(losses.items()))
-        rates = [best / 2 if best == min(losses) else best * 2]
-
-
-def budgets_around(args: BenchmarkArguments, rate: float, targets: list[float]) -> dict[int, list[float]]:
-    """Muon's final losses by steps: from `TUNED_AT` down and up until every seed's target lies between two of them."""
-    losses = {}
-
-    def measure(budget: float) -> list[bool]:
-        steps = round(budget * args.steps)
-        losses[steps] = final_losses(args, "muon", rate, steps)
-        return [loss <= target for loss, target in zip(losses[steps], targets, strict=True)]
-
-    reached = measure(TUNED_AT)
-    if any(reached):
-        for budget in sorted((each for each in BUDGETS if each < TUNED_AT), reverse=True):
-            if not any(measure(budget)):
-                break
-    if not all(reached):
-        for budget in sorted(each for each in BUDGETS if each > TUNED_AT):
-            if all(measure(budget)):
-                break
-    return dict(sorted(losses.items()))
-
-
-def crossing(budgets: list[int], losses: list[float], target: float) -> float:
-    """Where the loss falls to `target`, straight in the logarithm of the budget; infinite if it never does."""
+def crossing(steps: list[int], losses: list[float], target: float) -> float:
+    """Return where the loss falls to `target`, straight in the logarithm of the steps; infinite if it never does."""
     if losses[0] <= target:
-        return budgets[0]  # at most so many
-    for index in range(1, len(budgets)):
+        return steps[0]  # at most so many
+    for index in range(1, len(steps)):
         if losses[index] <= target:
             part = (losses[index - 1] - target) / (losses[index - 1] - losses[index])
-            return math.exp(math.log(budgets[index - 1]) * (1 - part) + math.log(budgets[index]) * part)
+            return math.exp(math.log(steps[index - 1]) * (1 - part) + math.log(steps[index]) * part)
     return math.inf
 
 
-def figures(optim: str, rate: float, tokens: int, losses: list[float]) -> list[str]:
-    """A line of the table; the losses are the last ones of each seed."""
-    mean, spread = statistics.mean(losses), statistics.stdev(losses)
-    return [NAMES[optim], f"{rate:g}", f"{tokens:,}", f"{mean:.3f}", f"{spread:.3f}"]
+class Ladder:
+    """The runs of a benchmark, each trained once."""
+
+    def __init__(self, args: BenchmarkArguments):
+        self.args = args
+
+    def measure(self, rung: Rung, targets: list[float] | None) -> Result:
+        """
+        Tune a rung, and train it with all seeds.
+
+        Args:
+            targets: losses to reach, by seed; None for a rung of AdamW.
+        """
+        budget = 1.0 if targets is None else TUNED_AT
+        rate = self.tune(rung, self.steps_of(budget))
+        losses = {self.steps_of(budget): self.final_losses(rung, rate, self.steps_of(budget))}
+        if targets is not None:
+            self.surround(rung, rate, losses, targets)
+        seconds = statistics.median(
+            line["step_seconds"]
+            for seed in self.args.seeds
+            for line in self.train(rung, rate, self.steps_of(budget), seed)
+            if "step_seconds" in line
+        )
+        return Result(rung, rate, dict(sorted(losses.items())), seconds)
+
+    def steps_of(self, budget: float) -> int:
+        return round(budget * self.args.steps)
+
+    def tune(self, rung: Rung, steps: int) -> float:
+        """Return the best learning rate for the tuning seed, which has a worse one on either side."""
+        losses: dict[float, float] = {}
+        rates = [rung.learning_rate / STEP, rung.learning_rate, rung.learning_rate * STEP]
+        while True:
+            losses |= {rate: self.final_loss(rung, rate, steps, TUNING_SEED) for rate in rates}
+            best = min(losses, key=lambda rate: losses[rate])
+            if min(losses) < best < max(losses):
+                return best
+            rates = [best / STEP if best == min(losses) else best * STEP]
+
+    def surround(self, rung: Rung, rate: float, losses: dict[int, list[float]], targets: list[float]) -> None:
+        """Train with smaller and larger budgets until the target of every seed, and of their mean, lies in between."""
+
+        def reached(steps: int) -> list[bool]:
+            targets_and_mean = [*targets, statistics.mean(targets)]
+            found = [*losses[steps], statistics.mean(losses[steps])]
+            return [loss <= target for loss, target in zip(found, targets_and_mean, strict=True)]
+
+        for budget in reversed([each for each in BUDGETS if each < TUNED_AT]):
+            if not any(reached(min(losses))):
+                break
+            losses[self.steps_of(budget)] = self.final_losses(rung, rate, self.steps_of(budget))
+        for budget in [each for each in BUDGETS if each > TUNED_AT]:
+            if all(reached(max(losses))):
+                break
+            losses[self.steps_of(budget)] = self.final_losses(rung, rate, self.steps_of(budget))
+
+    def final_losses(self, rung: Rung, rate: float, steps: int) -> list[float]:
+        """Return the validation loss at the end of each seed's run."""
+        with ThreadPoolExecutor(self.args.jobs) as pool:
+            return list(pool.map(lambda seed: self.final_loss(rung, rate, steps, seed), self.args.seeds))
+
+    def final_loss(self, rung: Rung, rate: float, steps: int, seed: int) -> float:
+        return next(line["eval_loss"] for line in reversed(self.train(rung, rate, steps, seed)) if "eval_loss" in line)
+
+    def train(self, rung: Rung, rate: float, steps: int, seed: int) -> list[dict]:
+        """Train a complete run, unless it is there already. Returns the lines of its metrics.jsonl."""
+        args, flags = self.args, {"lr_scheduler_type": "linear", **rung.flags}
+        name = "-".join(
+            [f"{key}={value}" for key, value in sorted(flags.items())] + [f"{rate:g}", f"{steps}", f"{seed}"]
+        )
+        output_dir = Path(args.work_dir) / name.replace("/", "_")
+        if not (output_dir / "model.safetensors").exists():
+            flags["warmup_steps"] = round(flags.pop("warmup") * steps)
+            flags["config_overrides"] = ",".join(filter(None, [args.config_overrides, flags.get("config_overrides")]))
+            flags |= {
+                "data_dir": args.data_dir,
+                "output_dir": output_dir,
+                "per_device_train_batch_size": args.per_device_train_batch_size,
+                "learning_rate": rate,
+                "max_steps": steps,
+                "seed": seed,
+                "eval_steps": steps,
+                "eval_iters": args.eval_iters,
+                "save_steps": steps,
+                "report_to": "none",
+            }
+            words = [word for key, value in flags.items() if value is not None for word in (f"--{key}", str(value))]
+            result = subprocess.run(
+                [sys.executable, str(SCRIPT), *words],
+                env={"OMP_NUM_THREADS": "1", **os.environ, "ACCELERATE_MIXED_PRECISION": args.mixed_precision},
+                capture_output=True,
+                text=True,
+            )
+            if result.returncode:
+                raise UserError(f"{output_dir.name} ended with status {result.returncode}: {result.stderr[-2000:]}")
+            print(f"{output_dir.name} is finished", file=sys.stderr, flush=True)
+        return read_metrics(output_dir)
 
 
-def draw(path: Path, curves: dict[str, list[tuple]], ends: dict[int, list[float]], target: float) -> None:
-    """
-    Args:
-        curves: (tokens, validation loss) of runs, by label; the first is AdamW's.
-        ends: the losses of all seeds at the ends of Muon's budgets, by tokens.
-    """
-    import matplotlib
+def measure_all(args: BenchmarkArguments) -> tuple[list[Result], Result]:
+    """Return the results of all rungs, and the one among AdamW's that ends lowest."""
+    ladder, rungs = Ladder(args), [RUNGS[name] for name in args.rungs]
+    results = [ladder.measure(rung, None) for rung in rungs if rung.is_adamw]
+    best = min(results, key=lambda result: statistics.mean(result.losses[args.steps]))
+    targets = best.losses[args.steps]
+    return results + [ladder.measure(rung, targets) for rung in rungs if not rung.is_adamw], best
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+
+def row(result: Result, best_adamw: Result, steps: int) -> list[str]:
+    """Return a line of the table."""
+    targets = best_adamw.losses[steps]
+    budget = steps if result.rung.is_adamw else round(TUNED_AT * steps)
+    losses = result.losses[budget]
+    loss = f"{statistics.mean(losses):.3f} ± {statistics.stdev(losses):.3f}"
+    cells = [result.rung.title, f"{result.learning_rate:g}"]
+    if result.rung.is_adamw:
+        return [*cells, loss, "", "", f"{result.seconds / best_adamw.seconds:.2f}"]
+    ratios = [result.steps_to(target, seed) / steps for seed, target in enumerate(targets)]
+    ratio = result.steps_to(statistics.mean(targets)) / steps
+    return [
+        *cells,
+        "",
+        loss,
+        f"{ratio:.3f} ({', '.join(f'{each:.3f}' for each in ratios)})",
+        f"{result.seconds / best_adamw.seconds:.2f}",
+    ]
+
+
+def draw(path: Path, results: list[Result], best_adamw: Result, steps: int, tokens_per_step: int) -> None:
+    """Draw the final losses of all seeds over the tokens, for each rung."""
+    from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
 
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    axes.axhline(target, color="tab:gray", linestyle="--", label="AdamW's final loss")
-    for index, (label, curve) in enumerate(curves.items()):
-        color = "tab:orange" if index else "tab:blue"
-        style = ("-", "-", "--", "-.", ":")[index % 5]
-        axes.plot(*zip(*curve, strict=True), style, color=color, marker=".", linewidth=1.2, label=label)
-    points = [(tokens, loss) for tokens, losses in ends.items() for loss in losses]
-    axes.plot(*zip(*points, strict=True), "o", color="tab:red", markersize=5, label="Muon's budgets, all seeds")
-    axes.set_xlabel("tokens seen")
-    axes.set_ylabel("validation loss (nats per token)")
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    axes = figure.subplots()
+    target = statistics.mean(best_adamw.losses[steps])
+    axes.axhline(target, color="tab:gray", linestyle="--", label=f"{best_adamw.rung.title}, all tokens: {target:.3f}")
+    for index, result in enumerate(each for each in results if not each.rung.is_adamw):
+        tokens = [each * tokens_per_step for each in result.losses]
+        means = [statistics.mean(losses) for losses in result.losses.values()]
+        style = ("-", "--", "-.", ":")[index // 10 % 4]
+        axes.plot(tokens, means, style, marker="o", markersize=4, linewidth=1.2, label=result.rung.title)
+    axes.set_xlabel("tokens of a whole run")
+    axes.set_ylabel("validation loss at its end (nats per token), mean of the seeds")
     axes.xaxis.set_major_formatter(EngFormatter())
-    axes.set_xlim(left=0)
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)
-    plt.close(figure)
 
 
 def check_work_dir(args: BenchmarkArguments) -> None:
-    """Names of runs do not tell the model and the data, so a folder belongs to one of each."""
+    """
+    Raises:
+        UserError: if the folder has runs of another model or other data, which their names do not tell.
+    """
     names = "data_dir config_overrides per_device_train_batch_size eval_iters mixed_precision"
     given, path = {name: getattr(args, name) for name in names.split()}, Path(args.work_dir) / "benchmark.json"
     if path.exists() and json.loads(path.read_text()) != given:
@@ -202,36 +303,18 @@ def main() -> None:
     args = parse_arguments(BenchmarkArguments, __doc__)
     args.mixed_precision = side_by_side.precision(args.mixed_precision)
     check_work_dir(args)
-    adamw_rate, adamw = tune(args, "adamw", args.adamw_learning_rates, args.steps)
-    tuned_steps = round(TUNED_AT * args.steps)
-    muon_rate, muon = tune(args, "muon", args.muon_learning_rates, tuned_steps)
-    targets = adamw[adamw_rate]
-    budgets = budgets_around(args, muon_rate, targets)
-
-    steps, seeds = list(budgets), range(len(targets))
-    by_seed = [crossing(steps, [budgets[each][seed] for each in steps], targets[seed]) / args.steps for seed in seeds]
-    target, means = statistics.mean(targets), [statistics.mean(losses) for losses in budgets.values()]
-    ratio = crossing(steps, means, target) / args.steps
-
-    curves = {f"AdamW, {adamw_rate:g}": train(args, "adamw", adamw_rate, args.steps, args.seeds[0])}
-    tokens_per_step = curves[f"AdamW, {adamw_rate:g}"][-1][0] // args.steps
-    for each in reversed(steps):
-        curves[f"Muon, {muon_rate:g}, {each} steps"] = train(args, "muon", muon_rate, each, args.seeds[0])
-    draw(Path(args.plot), curves, {each * tokens_per_step: losses for each, losses in budgets.items()}, target)
-
-    rows = [("adamw", rate, args.steps * tokens_per_step, losses) for rate, losses in adamw.items()]
-    rows += [("muon", rate, tuned_steps * tokens_per_step, losses) for rate, losses in muon.items()]
-    rows += [("muon", muon_rate, each * tokens_per_step, budgets[each]) for each in steps if each != tuned_steps]
-    header = ["optimizer", "peak learning rate", "tokens", "validation loss", "spread"]
+    results, best_adamw = measure_all(args)
+    lines = Ladder(args).train(best_adamw.rung, best_adamw.learning_rate, args.steps, args.seeds[0])
+    tokens_per_step = lines[-1]["tokens"] // args.steps
+    draw(Path(args.plot), results, best_adamw, args.steps, tokens_per_step)
+    header = ["recipe", "peak learning rate", "loss, all tokens", f"loss, {TUNED_AT:.0%}", "tokens to AdamW's loss"]
     print(
         side_by_side.section(
             ("torch", "transformers", "accelerate"),
-            f"{args.config_overrides}, {tokens_per_step:,} tokens a step, "
-            f"{side_by_side.precision_name(args.mixed_precision)}, warm-up over {WARMUP:.0%} of a run's steps "
-            f"and linearly to zero; mean and standard deviation over {len(args.seeds)} seeds",
-            table(header, (figures(*row) for row in rows)),
-            f"Muon needs {ratio:.3f} of AdamW's tokens to reach its final loss of {target:.3f}; seed by seed "
-            f"{', '.join(f'{each:.3f}' for each in by_seed)} (standard deviation {statistics.stdev(by_seed):.3f}).",
+            f"{args.config_overrides}, {args.steps} steps of {tokens_per_step:,} tokens, "
+            f"{side_by_side.precision_name(args.mixed_precision)}; mean and standard deviation over "
+            f"{len(args.seeds)} seeds; tokens as a part of those of {best_adamw.rung.title}, of the mean and by seed",
+            table([*header, "time of a step"], (row(result, best_adamw, args.steps) for result in results)),
         )
     )
 

@@ -38,7 +38,8 @@ from pretraining.cli import flag, parse_arguments, run_script
 from pretraining.data.packed_rows import ModelInputs
 from pretraining.distributed.processes import open_accelerator, open_state
 from pretraining.markdown import table
-from pretraining.optimization.optimizer import ADAM_BETAS, Optim, build_optimizer, has_fused_adamw
+from pretraining.optimization.optimizer import ADAM_BETAS, build_optimizer, has_fused_adamw
+from pretraining.optimization.options import Optim
 from pretraining.precision import muon_dtype
 from pretraining.training.model import attention_on, build_model
 from train_accelerate import train_step

@@ -28,6 +28,7 @@ class GPT2ScratchConfig(PreTrainedConfig):
         resid_pdrop, embd_pdrop, attn_pdrop (`float`): dropout of residual branches, embeddings and attention weights.
         layer_norm_epsilon (`float`): added to the variance in every LayerNorm.
         initializer_range (`float`): standard deviation of the initial weights; smaller into the residual stream.
+        zero_init_residual (`bool`): whether the projections into the residual stream begin as zeros.
         qkv_bias (`bool`): whether query, key and value projections have a bias.
         tie_word_embeddings (`bool`): whether the output head shares the token embedding's weights.
         use_cache (`bool`): whether `generate` keeps keys and values of the tokens it has seen.
@@ -69,6 +70,7 @@ class GPT2ScratchConfig(PreTrainedConfig):
     attn_pdrop: float | int = 0.0
     layer_norm_epsilon: float = 1e-5
     initializer_range: float = 0.02
+    zero_init_residual: bool = False
     qkv_bias: bool = True
     use_cache: bool = True
     bos_token_id: int | None = 50256

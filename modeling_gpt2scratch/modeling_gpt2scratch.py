@@ -161,6 +161,7 @@ class GPT2ScratchPreTrainedModel(PreTrainedModel):
         | Embedding                                     | N(0, initializer_range)           |      |
         | LayerNorm                                     | 1                                 | 0    |
 
+        With `zero_init_residual` the first line is 0, so that each block begins as the identity.
         The factor 1/sqrt(2 L) keeps the residual stream's variance from growing with the depth, there being two
         additions in each of the L blocks (GPT-2 paper, section 2.3).
         """
@@ -169,7 +170,7 @@ class GPT2ScratchPreTrainedModel(PreTrainedModel):
             # A mark on the Linear: transformers never visits a module that has no parameters of its own, so asking
             # for the parent's class here would silently do nothing.
             if getattr(module, "is_residual_projection", False):
-                std = std / math.sqrt(2 * self.config.n_layer)
+                std = 0.0 if self.config.zero_init_residual else std / math.sqrt(2 * self.config.n_layer)
             init.normal_(module.weight, mean=0.0, std=std)
             if module.bias is not None:
                 init.zeros_(module.bias)

@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_origin, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
@@ -83,6 +83,68 @@ def problems_of_paths(args: object) -> list[str]:
                 if isinstance(error, ValueError) or error.errno == errno.ENAMETOOLONG:
                     found.append(f"--{name} {value[:60]}... cannot be the name of a file: {reason}")
     return found
+
+
+def parse_pairs(flag_name: str, text: str) -> dict[str, Any]:
+    """
+    Parse `n_layer=4,qkv_bias=false`, or the same as a JSON object, which a mapping in a recipe becomes.
+
+    Raises:
+        UserError: for what is neither.
+    """
+    if text.lstrip().startswith("{"):
+        try:
+            return dict(json.loads(text))
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{flag_name} {text[:60]}: {one_line(error)}") from None
+    items = [item.strip() for item in text.split(",") if item.strip()]
+    if problems := [f"{flag_name}: '{item}' is not name=value" for item in items if "=" not in item]:
+        raise UserError(*problems)
+    pairs = (item.split("=", 1) for item in items)
+    return {key.strip(): _to_value(value.strip()) for key, value in pairs}
+
+
+def _to_value(text: str) -> int | float | bool | str | None:
+    for convert in (int, float):
+        try:
+            return convert(text)
+        except ValueError:
+            continue
+    return {"true": True, "false": False, "none": None, "null": None}.get(text.lower(), text)
+
+
+def parse_settings(flag_name: str, text: str | None, settings_class: type[T]) -> T:
+    """
+    Parse what `parse_pairs` does, or None, as an instance of a dataclass whose fields all have defaults.
+
+    Raises:
+        UserError: with every name that is none of the fields, and every value of another type than its field.
+    """
+    fields = {field.name: field for field in dataclasses.fields(settings_class)}  # type: ignore[arg-type]
+    pairs, problems = parse_pairs(flag_name, text or ""), []
+    types = get_type_hints(settings_class)
+    for key, value in pairs.items():
+        if key not in fields:
+            problems.append(f"{flag_name} has no '{key}'{nearest(key, list(fields))}")
+            continue
+        wanted = types[key] if get_origin(types[key]) is not Literal else str
+        if wanted is float and type(value) is int:
+            pairs[key] = value = float(value)
+        if not isinstance(value, wanted) or (type(value) is bool) != (wanted is bool):
+            kind = getattr(wanted, "__name__", str(wanted))
+            problems.append(f"{flag_name}: {key} must be of type {kind}, got {value!r}")
+    if problems:
+        raise UserError(*problems)
+    return settings_class(**pairs)
+
+
+def changed_settings(settings: Any) -> dict[str, Any]:
+    """Return the values of a dataclass that differ from its defaults."""
+    return {
+        field.name: getattr(settings, field.name)
+        for field in dataclasses.fields(settings)
+        if getattr(settings, field.name) != field.default
+    }
 
 
 def run_script(main: Callable[[], None]) -> None:

@@ -12,9 +12,11 @@ import eval_hellaswag
 import prepare_data
 import publish_model
 import train_accelerate
-from pretraining.cli import flag, parse_arguments
+from pretraining.cli import flag, parse_arguments, parse_settings
 from pretraining.errors import UserError
 from pretraining.training.flags import TrainArguments
+
+WSD = "--lr_scheduler_type warmup_stable_decay --warmup_steps 100 --lr_scheduler_kwargs".split()
 
 
 @dataclass
@@ -135,3 +137,78 @@ def test_a_message_is_one_line_of_a_bearable_length_whatever_it_quotes():
     error = UserError("a\nb\x00\ud800 é", "x" * 5000)
     assert error.problems[0] == "a\\nb\\x00\\ud800 é"
     assert len(error.problems[1]) < 1300 and " [...] " in error.problems[1]
+
+
+@dataclass(frozen=True)
+class Settings:
+    rate: float = 1.0
+    steps: int | None = None
+    form: Literal["linear", "cosine"] = "linear"
+    cautious: bool = False
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (None, Settings()),
+        ("", Settings()),
+        ("rate=2e-1, steps=3,cautious=true", Settings(rate=0.2, steps=3, cautious=True)),
+        ("rate=2,form=cosine", Settings(rate=2.0, form="cosine")),
+        ('{"rate": 0.5, "steps": null, "form": "cosine"}', Settings(rate=0.5, form="cosine")),
+    ],
+)
+def test_settings_are_written_as_pairs_or_as_a_mapping(text, expected):
+    found = parse_settings("--settings", text, Settings)
+    assert found == expected and type(found.rate) is float
+
+
+@pytest.mark.parametrize(
+    ("text", "problems"),
+    [
+        ("rat=2,step=1", ["has no 'rat', did you mean rate?", "has no 'step', did you mean steps?"]),
+        ("rate=fast,cautious=1,steps=1.5", ["rate must be", "cautious must be", "steps must be"]),
+        ("rate=true", ["rate must be of type float, got True"]),
+        ("rate", ["'rate' is not name=value"]),
+        ("{rate: 2}", ["Expecting property name"]),
+        ('{"rate": {"a": 1}}', ["rate must be of type float, got {'a': 1}"]),
+    ],
+)
+def test_settings_that_are_none_are_named(text, problems):
+    with pytest.raises(UserError) as error:
+        parse_settings("--settings", text, Settings)
+    assert len(error.value.problems) == len(problems)
+    for found, expected in zip(error.value.problems, problems, strict=True):
+        assert found.startswith("--settings") and expected in found
+
+
+def test_settings_of_a_recipe_may_be_a_mapping_and_decide_the_run_however_they_are_written(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("output_dir: run\noptim: muon\noptim_args: {head_lr: 0.5, normuon_beta2: 0.95, vector_lr: 1}\n")
+    as_mapping = parse_arguments(TrainArguments, "", ["--config", str(recipe), "--data_dir", "data"])
+    words = ["--output_dir", "run", "--data_dir", "data", "--optim", "muon"]
+    as_pairs = parse_arguments(TrainArguments, "", [*words, "--optim_args", "normuon_beta2=0.95,head_lr=0.5"])
+    assert as_mapping.settings() == as_pairs.settings()
+    assert as_pairs.settings()["optim_args"] == {"head_lr": 0.5, "normuon_beta2": 0.95}
+    assert as_pairs.settings()["lr_scheduler_kwargs"] == {}
+
+
+@pytest.mark.parametrize(
+    ("words", "problems"),
+    [
+        (["--adam_beta2", "1", "--adam_epsilon", "-1"], ["--adam_epsilon must be", "--adam_beta2 must be at least 0"]),
+        (["--optim_args", "muon_momentum=0.9"], ["--optim_args: muon_momentum is for --optim muon"]),
+        (["--optim_args", "head_lr=-1,vector_lr=nan"], ["head_lr must be a finite", "vector_lr must be a finite"]),
+        (["--optim", "muon", "--optim_args", "normuon_beta2=1"], ["normuon_beta2 must be at least 0 and below 1"]),
+        (["--lr_scheduler_kwargs", "decay_fraction=0.5"], ["is for --lr_scheduler_type warmup_stable_decay"]),
+        (["--lr_scheduler_kwargs", "min_lr_rate=2"], ["min_lr_rate must be 0 to 1, got 2.0"]),
+        ([*WSD, "num_decay_steps=950"], ["num_decay_steps must be 1 to 900, the steps after the warm-up, got 950"]),
+        ([*WSD, "num_decay_steps=10,decay_fraction=0.5"], ["num_decay_steps and decay_fraction say the same"]),
+        ([*WSD, "decay_type=square"], ["decay_type must be linear, cosine, 1-sqrt, got square"]),
+    ],
+)
+def test_settings_that_make_no_optimizer_or_schedule_are_named(words, problems):
+    with pytest.raises(UserError) as error:
+        parse_arguments(TrainArguments, "", ["--output_dir", "run", "--data_dir", "data", *words])
+    assert len(error.value.problems) == len(problems)
+    for found, expected in zip(error.value.problems, problems, strict=True):
+        assert expected in found

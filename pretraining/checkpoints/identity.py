@@ -4,8 +4,9 @@ from transformers import PreTrainedConfig
 
 # What may be changed in the middle of a run, where --allow_changes names it. The rest would make no sense of the
 # weights, the optimizer's state or the position in the data.
-CHANGEABLE = """learning_rate lr_scheduler_type warmup_steps max_steps weight_decay max_grad_norm skip_loss_spikes
-    resid_pdrop embd_pdrop attn_pdrop attn_implementation mixed_precision data""".split()
+CHANGEABLE = """learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps max_steps weight_decay
+    max_grad_norm skip_loss_spikes resid_pdrop embd_pdrop attn_pdrop attn_implementation mixed_precision
+    data""".split()
 # Entries of the config that decide what the model computes.
 ARCHITECTURE = """vocab_size n_positions n_embd n_layer n_head n_inner activation_function resid_pdrop embd_pdrop
     attn_pdrop layer_norm_epsilon qkv_bias tie_word_embeddings""".split()

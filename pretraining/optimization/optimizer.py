@@ -1,20 +1,22 @@
 """The optimizers: AdamW for all parameters, or Muon for the blocks' matrices and AdamW for the others."""
 
 from collections.abc import Callable, Iterable
-from typing import Any, Literal, assert_never
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 from torch.optim.adamw import adamw
 
+from pretraining.optimization.options import Optim, OptimOptions
 from pretraining.optimization.orthogonalization import orthogonalize_together
 
 ADAM_BETAS = (0.9, 0.95)  # GPT-3 paper, appendix B
 ADAM_EPSILON = 1e-8
-MUON_MOMENTUM = 0.95  # Jordan et al. 2024; lower at the start of training (`schedule.muon_momentum`)
-Optim = Literal["adamw", "muon"]
+DEFAULT_OPTIONS = OptimOptions()
+NORMUON_EPSILON = 1e-10  # keeps a matrix of zeros from becoming NaN
 
 
 def build_optimizer(
@@ -24,6 +26,9 @@ def build_optimizer(
     weight_decay: float,
     device: torch.device,
     muon_dtype: torch.dtype = torch.float32,
+    betas: tuple[float, float] = ADAM_BETAS,
+    eps: float = ADAM_EPSILON,
+    options: OptimOptions = DEFAULT_OPTIONS,
 ) -> Optimizer:
     """
     Build the optimizer of a run.
@@ -32,49 +37,64 @@ def build_optimizer(
     script's default learning rate, 6e-4, is that of GPT-3 Small (table 2.1), larger models take less.
     `muon`: `Muon` for the blocks' weight matrices, AdamW as above for embeddings, head, norms and biases.
 
-    Only matrices decay; norms and biases do not. Each group keeps its peak learning rate as `initial_lr`.
+    Only matrices decay; norms and biases do not. Parameters of the same settings are one group, which keeps its peak
+    learning rate, its factor and its peak decay for the schedule.
 
     Args:
         device: where the parameters will be.
         muon_dtype: see `Muon`.
+        betas, eps: AdamW's.
+        options: see `OptimOptions`.
     """
-    hidden, other_matrices, vectors = parameter_groups(model)
-    fused = has_fused_adamw(device)
-    options: dict[str, Any] = {"lr": learning_rate, "betas": ADAM_BETAS, "eps": ADAM_EPSILON, "fused": fused}
+    matrices, embeddings, head, vectors = parameter_groups(model)
+    parts = [
+        (matrices, options.matrix_lr, weight_decay, optim),
+        (embeddings, options.embedding_lr, weight_decay, "adamw"),
+        (head, options.head_lr, weight_decay, "adamw"),
+        (vectors, options.vector_lr, 0.0, "adamw"),
+    ]
+    groups: dict[tuple, dict[str, Any]] = {}
+    for parameters, factor, decay, kind in parts:
+        settings = {"weight_decay": decay, "peak_weight_decay": decay, "lr_factor": factor, "kind": kind}
+        if parameters:
+            groups.setdefault(tuple(settings.values()), {"params": [], **settings})["params"] += parameters
+    adam: dict[str, Any] = {"lr": learning_rate, "betas": betas, "eps": eps, "fused": has_fused_adamw(device)}
     optimizer: Optimizer
     if optim == "muon":
-        groups = [
-            {"params": hidden, "weight_decay": weight_decay, "kind": "muon"},
-            {"params": other_matrices, "weight_decay": weight_decay, "kind": "adamw"},
-            {"params": vectors, "weight_decay": 0.0, "kind": "adamw"},
-        ]
-        optimizer = Muon(groups, **options, dtype=muon_dtype)
-    elif optim == "adamw":
-        groups = [
-            {"params": hidden + other_matrices, "weight_decay": weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
-        ]
-        optimizer = AdamW(groups, **options)
+        optimizer = Muon(
+            groups.values(),
+            **adam,
+            momentum=options.muon_momentum,
+            normuon_beta2=options.normuon_beta2,
+            cautious=options.cautious_weight_decay,
+            dtype=muon_dtype,
+        )
     else:
-        assert_never(optim)
+        optimizer = AdamW(groups.values(), **adam)
     for group in optimizer.param_groups:
-        group["initial_lr"] = learning_rate
+        group["peak_lr"] = learning_rate
+        group["lr"] = learning_rate * group["lr_factor"]
     return optimizer
 
 
-def parameter_groups(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
-    """Return the trained parameters in three parts: the blocks' matrices, embeddings and head, and all vectors."""
-    hidden, other_matrices, vectors = [], [], []
+def parameter_groups(model: nn.Module) -> tuple[list[nn.Parameter], ...]:
+    """
+    Return the trained parameters in four parts: the blocks' matrices, the token and position embeddings, an output
+    head that is not tied to them, and all vectors.
+    """
+    matrices, embeddings, head, vectors = [], [], [], []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         if parameter.ndim < 2:
             vectors.append(parameter)
-        elif "embed" in name or "lm_head" in name:
-            other_matrices.append(parameter)
+        elif "embed" in name:
+            embeddings.append(parameter)
+        elif "lm_head" in name:
+            head.append(parameter)
         else:
-            hidden.append(parameter)
-    return hidden, other_matrices, vectors
+            matrices.append(parameter)
+    return matrices, embeddings, head, vectors
 
 
 def has_fused_adamw(device: torch.device) -> bool:
@@ -105,6 +125,7 @@ class Muon(Optimizer):
         groups: each with `params`, `kind` and `weight_decay`.
         betas, eps, fused: AdamW's.
         momentum: Muon's Nesterov momentum.
+        normuon_beta2, cautious: see `OptimOptions`.
         dtype: in which matrices are orthogonalised: bf16 where the device multiplies it in hardware, else fp32.
     """
 
@@ -114,11 +135,15 @@ class Muon(Optimizer):
         lr: float,
         betas: tuple[float, float] = ADAM_BETAS,
         eps: float = ADAM_EPSILON,
-        momentum: float = MUON_MOMENTUM,
+        momentum: float = OptimOptions.muon_momentum,
+        normuon_beta2: float = 0.0,
+        cautious: bool = False,
         fused: bool = False,
         dtype: torch.dtype = torch.float32,
     ):
         self.dtype = dtype
+        self.normuon_beta2 = normuon_beta2
+        self.cautious = cautious
         # By this name torch's load_state_dict knows that AdamW's steps belong on the device of the parameters.
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "momentum": momentum, "fused": fused})
         for group in self.param_groups:
@@ -147,11 +172,34 @@ class Muon(Optimizer):
             buffer.lerp_(gradient, 1 - group["momentum"])
             momentums.append(gradient.lerp(buffer, group["momentum"]).to(self.dtype))  # Nesterov's
         updates = orthogonalize_together(momentums)
+        if self.normuon_beta2:
+            updates = self._normalise_rows(parameters, updates)
         for parameter, update in zip(parameters, updates, strict=True):
-            size = 0.2 * max(parameter.shape) ** 0.5
-            weights = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-            weights.mul_(1 - group["lr"] * group["weight_decay"])
+            size = 0.2 if self.normuon_beta2 else 0.2 * max(parameter.shape) ** 0.5
+            weights, decay = _local(parameter), group["lr"] * group["weight_decay"]
+            if self.cautious:
+                weights.mul_(1 - decay * (weights * update > 0))
+            else:
+                weights.mul_(1 - decay)
             weights.add_(update, alpha=-group["lr"] * size)
+
+    def _normalise_rows(self, parameters: list[Tensor], updates: list[Tensor]) -> list[Tensor]:
+        """Divide each row by its root mean square over the steps, and bring each matrix to a root mean square of 1."""
+        normalised, squares = [], []
+        for parameter, update in zip(parameters, updates, strict=True):
+            state, update = self.state[parameter], update.float()
+            if "row_second_moment" not in state:
+                state["row_second_moment"] = torch.zeros_like(parameter[:, :1])
+            moment = _local(state["row_second_moment"])  # (R, 1)
+            moment.lerp_(update.square().mean(dim=1, keepdim=True), 1 - self.normuon_beta2)
+            normalised.append(update / (moment.sqrt() + NORMUON_EPSILON))
+            squares.append(normalised[-1].square().sum())
+        sums = torch.stack(squares)
+        if isinstance(parameters[0], DTensor):  # of which the other processes have other rows
+            dist.all_reduce(sums, group=parameters[0].device_mesh.get_group())
+        sizes = torch.tensor([parameter.numel() for parameter in parameters], device=sums.device)
+        factors = (sizes / sums.clamp(min=NORMUON_EPSILON)).sqrt()
+        return [update * factor for update, factor in zip(normalised, factors, strict=True)]
 
     def _step_adamw(self, parameters: list[Tensor], gradients: list[Tensor], group: dict[str, Any]) -> None:
         for parameter in parameters:
@@ -181,3 +229,8 @@ class Muon(Optimizer):
         if name not in state:
             state[name] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
         return state[name]
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """Return what this process holds of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -1,62 +1,95 @@
-"""Schedules: pure functions of the step, so that there is no state to save."""
+"""The schedule of a run: pure functions of the step, so that there is no state to save."""
 
 import math
-from typing import Literal, assert_never
+from dataclasses import dataclass
+from typing import assert_never
 
 from torch.optim import Optimizer
 
-from pretraining.optimization.optimizer import MUON_MOMENTUM
-
-# Jordan et al. 2024, https://github.com/KellerJordan/modded-nanogpt (train_gpt.py). While gradients still change their
-# direction fast, a long average holds on to directions that are out of date.
-FIRST_MUON_MOMENTUM = 0.85
-MUON_MOMENTUM_STEPS = 300
-LRSchedulerType = Literal[
-    "cosine_with_min_lr", "cosine", "linear", "constant", "constant_with_warmup", "warmup_stable_decay"
-]
+from pretraining.optimization.options import LRSchedulerType, OptimOptions, SchedulerOptions
 
 
-def learning_rate_factor(step: int, schedule: LRSchedulerType, warmup_steps: int, max_steps: int) -> float:
+@dataclass(frozen=True)
+class Schedule:
     """
-    Return what to multiply the peak learning rate by at `step` (from 0).
+    The learning rate of all parameters, and the momentum and weight decay of those that have a schedule of these.
 
-    After a linear warm-up over `warmup_steps`:
-        cosine_with_min_lr: half a cosine down to 0.1 (GPT-3 paper, appendix B)
-        cosine, linear: down to 0 at `max_steps`
-        constant, constant_with_warmup: 1
-        warmup_stable_decay: 1, then linearly to 0 over the last fifth (Hägele et al. 2024)
+    Attributes:
+        warmup_steps: steps of linear warm-up to the peak.
+        max_steps: steps of the run.
     """
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    progress = (step - warmup_steps) / max(1, max_steps - warmup_steps)
-    if schedule == "cosine_with_min_lr":
-        return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress))
-    if schedule == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * progress))
-    if schedule == "linear":
-        return 1 - progress
-    if schedule == "constant" or schedule == "constant_with_warmup":
-        return 1.0
-    if schedule == "warmup_stable_decay":
-        return min(1.0, (1 - progress) / 0.2)
-    assert_never(schedule)
+
+    lr_scheduler_type: LRSchedulerType
+    warmup_steps: int
+    max_steps: int
+    options: SchedulerOptions = SchedulerOptions()
+    optim_options: OptimOptions = OptimOptions()
+
+    def set(self, optimizer: Optimizer, step: int) -> float:
+        """
+        Set up the optimizer for `step` (from 0).
+
+        Returns:
+            The learning rate, of groups that have no factor of their own.
+        """
+        factor, learning_rate = self.learning_rate_factor(step), 0.0
+        for group in optimizer.param_groups:
+            learning_rate = group["peak_lr"] * factor
+            group["lr"] = learning_rate * group["lr_factor"]
+            if self.optim_options.scheduled_weight_decay:
+                group["weight_decay"] = group["peak_weight_decay"] * factor
+            if group.get("kind") == "muon":
+                group["momentum"] = self.muon_momentum(step)
+        return learning_rate
+
+    def learning_rate_factor(self, step: int) -> float:
+        """
+        Return what to multiply the peak learning rate by at `step` (from 0).
+
+        After a linear warm-up over `warmup_steps`:
+            cosine_with_min_lr: half a cosine down to `min_lr_rate`
+            cosine, linear: down to 0 at `max_steps`
+            constant, constant_with_warmup: 1
+            warmup_stable_decay: 1, then down to `min_lr_ratio` over the last steps (Hägele et al. 2024)
+        """
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        schedule, num_steps = self.lr_scheduler_type, max(1, self.max_steps - self.warmup_steps)
+        progress = (step - self.warmup_steps) / num_steps
+        if schedule == "cosine_with_min_lr":
+            return _between(self.options.min_lr_rate, 0.5 * (1 + math.cos(math.pi * progress)))
+        if schedule == "cosine":
+            return 0.5 * (1 + math.cos(math.pi * progress))
+        if schedule == "linear":
+            return 1 - progress
+        if schedule == "constant" or schedule == "constant_with_warmup":
+            return 1.0
+        if schedule == "warmup_stable_decay":
+            fraction = self.options.decay_fraction
+            if self.options.num_decay_steps:
+                fraction = self.options.num_decay_steps / num_steps
+            is_stable = 1 - progress >= fraction
+            return 1.0 if is_stable else _between(self.options.min_lr_ratio, self._decay((1 - progress) / fraction))
+        assert_never(schedule)
+
+    def _decay(self, remaining: float) -> float:
+        """Return a factor that falls from 1 to 0 as the remaining part of the decay does."""
+        if self.options.decay_type == "linear":
+            return remaining
+        if self.options.decay_type == "cosine":
+            return 0.5 * (1 - math.cos(math.pi * remaining))
+        if self.options.decay_type == "1-sqrt":
+            return 1 - math.sqrt(1 - remaining)
+        assert_never(self.options.decay_type)
+
+    def muon_momentum(self, step: int) -> float:
+        """Return Muon's momentum at `step` (from 0), which rises linearly over its first steps."""
+        options = self.optim_options
+        if step >= options.muon_momentum_warmup_steps:
+            return options.muon_momentum
+        part = step / options.muon_momentum_warmup_steps
+        return options.muon_momentum_start + part * (options.muon_momentum - options.muon_momentum_start)
 
 
-def set_learning_rate(optimizer: Optimizer, factor: float) -> float:
-    """Scale every group's learning rate from its peak. Returns the first group's new one."""
-    for group in optimizer.param_groups:
-        group["lr"] = group["initial_lr"] * factor
-    return optimizer.param_groups[0]["lr"]
-
-
-def muon_momentum(step: int) -> float:
-    """Return Muon's momentum at `step` (from 0): it rises linearly over the first `MUON_MOMENTUM_STEPS` steps."""
-    part = min(1.0, step / MUON_MOMENTUM_STEPS)
-    return FIRST_MUON_MOMENTUM + part * (MUON_MOMENTUM - FIRST_MUON_MOMENTUM)
-
-
-def set_muon_momentum(optimizer: Optimizer, momentum: float) -> None:
-    """Set the momentum of all groups that Muon updates. An optimizer without any stays as it is."""
-    for group in optimizer.param_groups:
-        if group.get("kind") == "muon":
-            group["momentum"] = momentum
+def _between(floor: float, factor: float) -> float:
+    return floor + (1 - floor) * factor

@@ -7,18 +7,18 @@ from pathlib import Path
 from typing import Literal
 
 from pretraining.checkpoints.identity import CHANGEABLE
-from pretraining.cli import flag, problems_of_range
+from pretraining.cli import changed_settings, flag, parse_settings, problems_of_range
 from pretraining.data.row_order import SourceOrder
 from pretraining.errors import UserError
 from pretraining.hub import HubFlags
-from pretraining.optimization.optimizer import Optim
-from pretraining.optimization.schedule import LRSchedulerType
+from pretraining.optimization.optimizer import ADAM_BETAS, ADAM_EPSILON
+from pretraining.optimization.options import LRSchedulerType, Optim, OptimOptions, SchedulerOptions
 from pretraining.text.sources import Source, TextFlags, parse_mixture
 
 AT_LEAST_ONE = """block_size per_device_train_batch_size gradient_accumulation_steps tokens_per_step max_steps
     logging_steps eval_steps eval_iters hellaswag_steps sample_steps save_steps save_total_limit
     max_nonfinite_steps ddp_timeout"""
-NOT_NEGATIVE = "learning_rate weight_decay max_grad_norm warmup_steps seed dataloader_num_workers"
+NOT_NEGATIVE = "learning_rate weight_decay max_grad_norm warmup_steps seed dataloader_num_workers adam_epsilon"
 # Flags that do not decide the result, or whose effect a checkpoint has a record of: the data's fingerprint, the config
 # and the size of the global batch, however it is split.
 NEUTRAL = """output_dir data_dir dataset_name dataset_config_name dataset_revision text_column train_file
@@ -83,8 +83,17 @@ class OptimizationFlags:
         None, "tokens of all processes in an optimizer step, instead of the accumulation"
     )
     optim: Optim = flag("adamw", "the optimizer")
+    optim_args: str | None = flag(
+        None, "settings of the optimizer, as embedding_lr=2,muon_momentum=0.9: see docs/training.md"
+    )
+    adam_beta1: float = flag(ADAM_BETAS[0], "decay of AdamW's mean of gradients")
+    adam_beta2: float = flag(ADAM_BETAS[1], "decay of AdamW's mean of squared gradients")
+    adam_epsilon: float = flag(ADAM_EPSILON, "what AdamW adds to the root of that mean")
     learning_rate: float = flag(6e-4, "peak learning rate")
     lr_scheduler_type: LRSchedulerType = flag("cosine_with_min_lr", "the learning rate's course")
+    lr_scheduler_kwargs: str | None = flag(
+        None, "settings of that course, as decay_fraction=0.4,decay_type=1-sqrt: see docs/training.md"
+    )
     warmup_steps: int = flag(0, "steps of linear warm-up to the peak")
     weight_decay: float = flag(0.1, "decoupled weight decay, of matrices only")
     max_grad_norm: float = flag(1.0, "the norm that gradients are clipped to; 0 does not clip")
@@ -154,6 +163,10 @@ class TrainArguments(HubFlags, RunFlags, EvaluationFlags, OptimizationFlags, Mod
                 found.append(f"--{name} must be a finite number of at least 0, got {getattr(self, name)}")
         if self.seed >= 1 << 32:
             found.append(f"--seed must be below 2^32, got {self.seed}")
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                found.append(f"--{name} must be at least 0 and below 1, got {getattr(self, name)}")
+        found += self.problems_of_options()
         if self.warmup_steps > self.max_steps:
             found.append(f"--warmup_steps {self.warmup_steps} is more than --max_steps {self.max_steps}")
         if self.warmup_steps and self.lr_scheduler_type == "constant":
@@ -174,6 +187,25 @@ class TrainArguments(HubFlags, RunFlags, EvaluationFlags, OptimizationFlags, Mod
 
     def trackers(self) -> list[str]:
         return [name for name in dict.fromkeys(self.report_to) if name != "none"]
+
+    def optim_options(self) -> OptimOptions:
+        return parse_settings("--optim_args", self.optim_args, OptimOptions)
+
+    def scheduler_options(self) -> SchedulerOptions:
+        return parse_settings("--lr_scheduler_kwargs", self.lr_scheduler_kwargs, SchedulerOptions)
+
+    def problems_of_options(self) -> list[str]:
+        found = []
+        try:
+            found += self.optim_options().problems(self.optim)
+        except UserError as error:
+            found += error.problems
+        try:
+            options = self.scheduler_options()
+            found += options.problems(self.lr_scheduler_type, self.warmup_steps, self.max_steps)
+        except UserError as error:
+            found += error.problems
+        return found
 
     def problems_of_sources(self) -> list[str]:
         found = []
@@ -201,4 +233,8 @@ class TrainArguments(HubFlags, RunFlags, EvaluationFlags, OptimizationFlags, Mod
 
     def settings(self) -> dict:
         """The flags that decide what the trained model is, wherever it is trained and however it is watched."""
-        return {key: value for key, value in asdict(self).items() if key not in NEUTRAL.split()}
+        settings = {key: value for key, value in asdict(self).items() if key not in NEUTRAL.split()}
+        # However they were written. Those at their defaults are not named, as a later version may have more of them.
+        for name, options in (("optim_args", self.optim_options()), ("lr_scheduler_kwargs", self.scheduler_options())):
+            settings[name] = changed_settings(options)
+        return settings

@@ -15,6 +15,7 @@ from transformers.utils import logging
 from transformers.utils.hub import has_file
 
 from modeling_gpt2scratch import PRESETS, GPT2ScratchConfig, GPT2ScratchForCausalLM
+from pretraining.cli import parse_pairs
 from pretraining.errors import UserError, counted, nearest, one_line
 from pretraining.hub import check_name
 from pretraining.kernels.tiled_attention import TILED
@@ -145,27 +146,10 @@ def parse_overrides(text: str) -> dict:
         UserError: for what is not `name=value`, or a name that the config does not have.
     """
     known = [*GPT2ScratchConfig.__annotations__, *GPT2ScratchConfig.attribute_map]
-    overrides, problems = {}, []
-    for item in filter(None, text.split(",")):
-        key, separator, value = (part.strip() for part in item.partition("="))
-        if not separator:
-            problems.append(f"--config_overrides: '{item}' is not name=value")
-        elif key not in known:
-            problems.append(f"--config_overrides: the config has no '{key}'{nearest(key, known)}")
-        else:
-            overrides[GPT2ScratchConfig.attribute_map.get(key, key)] = _to_value(value)
-    if problems:
-        raise UserError(*problems)
-    return overrides
-
-
-def _to_value(text: str) -> int | float | bool | str | None:
-    for convert in (int, float):
-        try:
-            return convert(text)
-        except ValueError:
-            continue
-    return {"true": True, "false": False, "none": None, "null": None}.get(text.lower(), text)
+    pairs = parse_pairs("--config_overrides", text)
+    if unknown := [key for key in pairs if key not in known]:
+        raise UserError(*(f"--config_overrides: the config has no '{key}'{nearest(key, known)}" for key in unknown))
+    return {GPT2ScratchConfig.attribute_map.get(key, key): value for key, value in pairs.items()}
 
 
 def check_fit(config: PreTrainedConfig, vocab_size: int, block_size: int) -> None:

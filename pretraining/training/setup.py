@@ -23,6 +23,7 @@ from pretraining.evaluation.hellaswag_scoring import load_metric
 from pretraining.evaluation.samples import encode_prompts
 from pretraining.kernels.cpu_products import use_fastest_products
 from pretraining.optimization.optimizer import build_optimizer, has_fused_adamw, parameter_groups
+from pretraining.optimization.schedule import Schedule
 from pretraining.precision import Precision, choose_precision, muon_dtype
 from pretraining.tokenization.tokenizer import tokenizer_fingerprint, vocab_size_of
 from pretraining.training.flags import TrainArguments
@@ -57,6 +58,13 @@ class Setup:
     @property
     def tokens_per_step(self) -> int:
         return self.identity["tokens_per_step"]
+
+    @cached_property
+    def schedule(self) -> Schedule:
+        args = self.args
+        return Schedule(
+            args.lr_scheduler_type, args.warmup_steps, args.max_steps, args.scheduler_options(), args.optim_options()
+        )
 
     @cached_property
     def model_inputs(self) -> ModelInputs:
@@ -142,8 +150,17 @@ def build(setup: Setup) -> tuple[nn.Module, Optimizer, list[int]]:
     if may_replace_products and (message := use_fastest_products(model, setup.config.n_embd)):
         accelerator.print(message)
     num_parameters = [sum(map(torch.numel, group)) for group in parameter_groups(model)]
-    dtype = muon_dtype(device, mixed_precision)
-    optimizer = build_optimizer(model, args.optim, args.learning_rate, args.weight_decay, device, muon_dtype=dtype)
+    optimizer = build_optimizer(
+        model,
+        args.optim,
+        args.learning_rate,
+        args.weight_decay,
+        device,
+        muon_dtype(device, mixed_precision),
+        (args.adam_beta1, args.adam_beta2),
+        args.adam_epsilon,
+        args.optim_options(),
+    )
     model, optimizer = accelerator.prepare(model, optimizer)
     return model, optimizer, num_parameters
 

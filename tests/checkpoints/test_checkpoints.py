@@ -61,7 +61,7 @@ def kill_at_file_event(number: int, folder: str) -> None:
     sys.addaudithook(hook)
 
 
-@pytest.mark.parametrize(("num_processes", "stride", "max_steps"), [(1, 1, 84), (2, 11, 24)])
+@pytest.mark.parametrize(("num_processes", "stride", "max_steps"), [(1, 2, 60), (2, 11, 24)])
 def test_killed_at_any_moment_of_saving_the_next_start_takes_the_last_whole_checkpoint(
     num_processes, stride, max_steps, data_dir, tmp_path
 ):
@@ -526,7 +526,7 @@ def test_a_checkpoint_that_cannot_be_written_is_told_after_the_step_in_which_tha
 def test_the_state_of_torchs_muon_beside_adamw_is_taken_over(tmp_path):
     """As checkpoints of version 0.1.0 have it, from two optimizers."""
     old, new = tiny_model(), tiny_model()
-    hidden, matrices, vectors = parameter_groups(old)
+    hidden, matrices, _, vectors = parameter_groups(old)
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
     both = [torch.optim.Muon(hidden, lr=1e-2), torch.optim.AdamW(groups, lr=1e-2, fused=True)]
     for parameter in old.parameters():

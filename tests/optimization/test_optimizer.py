@@ -10,8 +10,8 @@ from support.processes import run_ranks
 from support.tiny_models import randomise, tiny_model
 
 from pretraining.optimization.optimizer import ADAM_BETAS, Muon, build_optimizer, has_fused_adamw, parameter_groups
+from pretraining.optimization.options import OptimOptions
 from pretraining.optimization.orthogonalization import orthogonalize, orthogonalize_together, share_out
-from pretraining.optimization.schedule import set_learning_rate
 
 CPU = torch.device("cpu")
 
@@ -30,15 +30,13 @@ def test_only_matrices_decay_and_every_parameter_is_trained_once(optim):
     assert len(decay) == sum(len(group["params"]) for group in optimizer.param_groups)
     for name, parameter in model.named_parameters():
         assert decay[id(parameter)] == (0.1 if parameter.ndim == 2 else 0.0), name
-    assert set_learning_rate(optimizer, 0.5) == 5e-4
-    assert {group["lr"] for group in optimizer.param_groups} == {5e-4}
 
 
 def test_muon_gets_the_blocks_matrices_and_nothing_else():
     model = tiny_model(tie_word_embeddings=False)
-    hidden, other_matrices, vectors = parameter_groups(model)
+    hidden, embeddings, head, vectors = parameter_groups(model)
     assert len(hidden) == 6 * model.config.n_layer
-    assert len(other_matrices) == 3  # token embedding, positions, untied head
+    assert len(embeddings) == 2 and len(head) == 1  # of tokens and positions; untied
     assert all(parameter.ndim == 1 for parameter in vectors)
     with pytest.raises(ValueError, match="takes matrices alone"):
         Muon([{"params": vectors, "kind": "muon", "weight_decay": 0.0}], lr=1e-3)
@@ -85,10 +83,62 @@ def test_two_steps_of_muon_are_its_formula():
     torch.testing.assert_close(weight.detach().double(), expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("shape", ["wide", "tall"])
+def test_two_steps_of_normuon_are_its_formula(shape):
+    """Each row by the root of its mean square over the steps, and all by their root mean square (algorithm 1)."""
+    model, learning_rate, beta2 = tiny_model(n_embd=32), 1e-2, 0.9
+    randomise(model)
+    options = OptimOptions(normuon_beta2=beta2)
+    optimizer = build_optimizer(model, "muon", learning_rate, 0.1, CPU, options=options)
+    mlp = model.model.layers[0].mlp
+    weight = (mlp.down_proj if shape == "wide" else mlp.up_proj).weight
+    expected, buffer = weight.detach().double().clone(), torch.zeros(weight.shape, dtype=torch.double)
+    second_moment = torch.zeros(len(weight), 1, dtype=torch.double)
+    for seed in (1, 2):
+        set_gradients(model, seed)
+        gradient = weight.grad.double()
+        buffer = 0.95 * buffer + 0.05 * gradient
+        update = nearly_orthogonal(0.95 * buffer + 0.05 * gradient)
+        second_moment = beta2 * second_moment + (1 - beta2) * update.square().mean(dim=1, keepdim=True)
+        update = update / second_moment.sqrt()
+        update = 0.2 * update * weight.numel() ** 0.5 / update.norm()
+        expected = (1 - learning_rate * 0.1) * expected - learning_rate * update
+        optimizer.step()
+    torch.testing.assert_close(weight.detach().double(), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_cautious_decay_is_where_weight_and_update_have_one_sign():
+    weights = {}
+    for cautious, decay in ((False, 0.0), (True, 30.0)):
+        model = tiny_model()
+        randomise(model)
+        before = model.model.layers[0].mlp.up_proj.weight.detach().clone()
+        options = OptimOptions(cautious_weight_decay=cautious)
+        optimizer = build_optimizer(model, "muon", 1e-2, decay, CPU, options=options)
+        set_gradients(model, 2)  # which are not the random numbers of the weights
+        optimizer.step()
+        weights[cautious] = model.model.layers[0].mlp.up_proj.weight.detach()
+    update = before - weights[False]
+    expected = torch.where(update * before > 0, 0.7 * before, before) - update
+    torch.testing.assert_close(weights[True], expected)
+    assert 0.3 < (update * before > 0).float().mean() < 0.7
+
+
+def test_a_run_of_zeros_stays_where_it_is():
+    model = tiny_model()
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    options = OptimOptions(normuon_beta2=0.95, cautious_weight_decay=True)
+    optimizer = build_optimizer(model, "muon", 1e-2, 0.0, CPU, options=options)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
 def test_what_is_not_muons_is_torchs_adamw_to_the_bit():
     model, other = tiny_model(), tiny_model()
     muon = build_optimizer(model, "muon", 1e-2, 0.1, CPU)
-    _, matrices, vectors = parameter_groups(other)
+    _, matrices, _, vectors = parameter_groups(other)
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
     adamw = torch.optim.AdamW(groups, lr=1e-2, betas=ADAM_BETAS, eps=1e-8, fused=True)
     for seed in range(3):
@@ -135,8 +185,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from support.tiny_models import tiny_model
 from pretraining.optimization import orthogonalization
 from pretraining.optimization.optimizer import build_optimizer
+from pretraining.optimization.options import OptimOptions
 
-_, _, kind, dtype, folder = sys.argv
+_, _, kind, dtype, normuon_beta2, folder = sys.argv
 num_processes = int(os.environ.get("WORLD_SIZE", 1))
 if num_processes > 1:
     dist.init_process_group("gloo")
@@ -146,7 +197,8 @@ if kind == "shards":
     for layer in model.model.layers:
         fully_shard(layer)
     fully_shard(model)
-optimizer = build_optimizer(model, "muon", 1e-2, 0.1, torch.device("cpu"), getattr(torch, dtype))
+optimizer = build_optimizer(model, "muon", 1e-2, 0.1, torch.device("cpu"), getattr(torch, dtype),
+    options=OptimOptions(normuon_beta2=float(normuon_beta2)))
 work, compute = [], orthogonalization.orthogonalize
 def counted(matrices):
     work.append(matrices.numel() * min(matrices.shape[1:]))
@@ -175,10 +227,10 @@ def shared(tmp_path_factory):
     program = tmp_path_factory.mktemp("program") / "shared.py"
     program.write_text(SHARED)
 
-    def call(num_processes: int, kind: str, dtype: str) -> tuple[list[dict], list[int]]:
+    def call(num_processes: int, kind: str, dtype: str, normuon_beta2: float = 0.0) -> tuple[list[dict], list[int]]:
         """The weights that each process ends with, and how many multiplications it did."""
         folder = tmp_path_factory.mktemp("steps")
-        for result in run_ranks(num_processes, program, REPOSITORY, kind, dtype, folder):
+        for result in run_ranks(num_processes, program, REPOSITORY, kind, dtype, normuon_beta2, folder):
             succeed(result)
         ranks = range(num_processes)
         work = [json.loads((folder / f"{rank}.json").read_text()) for rank in ranks]
@@ -201,6 +253,14 @@ def test_muon_gives_the_same_bits_on_any_number_of_processes_and_each_does_its_s
                     torch.testing.assert_close(weights[name], expected[name], rtol=1e-6, atol=1e-7)
         assert sum(work) == all_of_it
         assert max(work) <= (1 if num_processes == 2 else 1.6) * all_of_it / num_processes, (num_processes, kind, work)
+
+
+def test_normuon_is_the_same_on_shards(shared):
+    """But for rounding, as the squares of a matrix are added up in another order."""
+    (expected,), _ = shared(1, "copies", "float32", 0.9)
+    for weights in shared(4, "shards", "float32", 0.9)[0]:
+        for name in expected:
+            torch.testing.assert_close(weights[name], expected[name], rtol=1e-5, atol=1e-7)
 
 
 def test_matrices_come_back_in_their_order():

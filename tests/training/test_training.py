@@ -27,7 +27,7 @@ import train_accelerate
 from pretraining.data.data_folder import open_data_folder
 from pretraining.data.row_order import RowOrder
 from pretraining.optimization.optimizer import build_optimizer
-from pretraining.optimization.schedule import learning_rate_factor
+from pretraining.optimization.schedule import Schedule
 from pretraining.records import run_log
 from pretraining.records.metrics import read_metrics
 from pretraining.tokenization.tokenizer import train_tokenizer
@@ -191,7 +191,7 @@ def test_the_loop_is_a_plain_loop_over_the_same_rows(optim, finished_run, data_d
         optimizer = build_optimizer(model, "muon", 1e-3, 0.1, torch.device("cpu"))
     for step, line in zip(range(8), metrics(tmp_path / "run"), strict=False):
         for group in optimizer.param_groups:
-            group["lr"] = 1e-3 * learning_rate_factor(step, "cosine_with_min_lr", 2, 8)
+            group["lr"] = 1e-3 * Schedule("cosine_with_min_lr", 2, 8).learning_rate_factor(step)
             group["momentum"] = 0.85 + step / 300 * 0.1  # Muon's
         input_ids = rows.__getitems__(next(order)).long()
         logits = model(input_ids).logits[:, :-1]
@@ -353,9 +353,9 @@ def test_memory_does_not_grow_with_evaluations(data_dir, tmp_path):
     """Each draws a plot, whose figure is 1.6 MB."""
     flags = ("--config_overrides", TINY, *SMALL_BATCH, "--eval_iters", 1, "--eval_steps", 1, "--report_to", "none")
     places = ("--data_dir", data_dir, "--output_dir", tmp_path)
-    running = start("train_accelerate.py", *places, *flags, "--max_steps", 70)
+    running = start("train_accelerate.py", *places, *flags, "--max_steps", 40)
     megabytes = []
-    for evaluations in (10, 60):
+    for evaluations in (10, 35):
         wait_until(lambda count=evaluations: sum("eval_loss" in line for line in read_metrics(tmp_path)) >= count)
         megabytes.append(psutil.Process(running.pid).memory_info().rss / 1e6)
     succeed(running.wait())
