@@ -79,6 +79,9 @@ def world(tmp_path_factory):
         files = {path.name: path.read_bytes() for path in (tmp_path_factory.getbasetemp() / "gpt2").iterdir()}
         hub.add("openai-community/gpt2", files, "model")
         hub.add("roneneldan/TinyStories", {"data/train-00000.parquet": parquet({"text": DOCUMENTS})})
+        header = np.array([20240520, 1, len(ids), *[0] * 253], np.int32).tobytes()
+        names = ("fineweb_train_000001.bin", "fineweb_val_000000.bin")
+        hub.add("kjj0/fineweb10B-gpt2", {name: header + ids.tobytes() for name in names})
         hub.add("HuggingFaceFW/fineweb-edu", samples("sample-10BT", "sample-100BT"))
         items = [{**record, "label": str(record["label"])} for record in generated_records(4)]
         columns = {name: [item[name] for item in items] for name in items[0]}

@@ -32,6 +32,7 @@ class DataFolder:
         fingerprint: sha256 of what identifies the training rows.
         check: reads every file once and returns what is wrong with them, an empty list if nothing is. It may fill in
             statistics that only that reading tells.
+        file_by_file: rows are shuffled within each file, and the files come in their order.
     """
 
     name: str
@@ -42,6 +43,7 @@ class DataFolder:
     validation: PackedDataset
     check: Callable[[], list[str]]
     config: str | None = None
+    file_by_file: bool = False
 
 
 def open_data_folder(folder: Path, tokenizer_fingerprint: str | None = None) -> DataFolder:
@@ -85,7 +87,8 @@ def open_data_folder(folder: Path, tokenizer_fingerprint: str | None = None) -> 
         block_size=block_size,
         fingerprint=hashlib.sha256(json.dumps(info["splits"]["train"]["shards"]).encode()).hexdigest(),
         check=check,
-        **{split: PackedDataset(opened, dict(info["splits"][split])) for split, opened in parts.items()},
+        train=PackedDataset(parts["train"], dict(info["splits"]["train"])),
+        validation=PackedDataset(parts["validation"], dict(info["splits"]["validation"])),
     )
 
 

@@ -4,7 +4,7 @@ Rows of token ids: cut from documents, read in batches, and handed to the model.
 Documents are concatenated, each followed by the end-of-text token, and cut every `block_size` tokens.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -35,18 +35,21 @@ class PackedDataset(Dataset):
     needs there.
 
     Args:
-        parts: the rows, one part (rows, block_size) after the other.
+        parts: the rows, one part (rows, block_size) after the other. They may have a token more, which only counts
+            as what follows the last one.
         statistics: counts of `documents`, `tokens` and `bytes` of text, and `compressed_bytes` by program if known.
+        block_size: that of the parts if left out.
     """
 
-    def __init__(self, parts: list[np.ndarray], statistics: dict):
+    def __init__(self, parts: Sequence[Any], statistics: dict, block_size: int | None = None):
         self.parts = parts
         self.statistics = statistics
         self._starts = np.cumsum([0, *map(len, parts)])  # the number of each part's first row
         types = {(part.dtype, part.shape[1]) for part in parts}
         if len(types) > 1:
             raise UserError("the files have ids of 2 bytes and of 4: one tokenizer's are all of one size")
-        self._dtype, self._block_size = types.pop()
+        self._dtype, self._row_size = types.pop()
+        self.block_size = block_size or self._row_size
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -60,7 +63,7 @@ class PackedDataset(Dataset):
             raise IndexError(f"rows {rows.min()} to {rows.max()} of {len(self)}")
         numbers = np.searchsorted(self._starts, rows, side="right") - 1
         within = rows - self._starts[numbers]
-        found = np.empty((len(rows), self._block_size), self._dtype)
+        found = np.empty((len(rows), self._row_size), self._dtype)
         for place, (number, row) in enumerate(zip(numbers.tolist(), within.tolist(), strict=True)):
             found[place] = self.parts[number][row]
         return torch.from_numpy(found)
@@ -80,15 +83,39 @@ class PackedDataset(Dataset):
 
 
 def concatenate(datasets: list[PackedDataset]) -> PackedDataset:
+    """Return the rows of several datasets. What one of them does not know of itself is not known of all."""
     if len(datasets) == 1:
         return datasets[0]
-    counts = {name: sum(each.statistics[name] for each in datasets) for name in ("documents", "tokens", "bytes")}
-    return PackedDataset([part for dataset in datasets for part in dataset.parts], counts)
+    counts: dict[str, int | None] = {}
+    for name in ("documents", "tokens", "bytes"):
+        values = [each.statistics[name] for each in datasets]
+        counts[name] = None if None in values else sum(values)
+    parts = [part for dataset in datasets for part in dataset.parts]
+    block_size = datasets[0].block_size
+    if len({part.shape[1] for part in parts}) > 1:  # some with the token that follows, some without
+        parts = [part[:, :block_size] for part in parts]
+    return PackedDataset(parts, counts, block_size)
+
+
+class RowsOrError(Dataset):
+    """Rows, or the `UserError` why they cannot be read: raised in a worker process, it would become a traceback."""
+
+    def __init__(self, dataset: PackedDataset):
+        self.dataset = dataset
+
+    def __getitems__(self, indices: list[int]) -> torch.Tensor | UserError:
+        try:
+            return self.dataset.__getitems__(indices)
+        except UserError as error:
+            return error
 
 
 def training_batches(dataset: PackedDataset, order: RowOrder, num_workers: int = 0) -> DataLoader:
-    """Return micro-batches (batch_size, block_size), endless. No state of it has to be saved in a checkpoint."""
-    return open_loader(dataset, num_workers, _start_worker, batch_sampler=order)
+    """
+    Return micro-batches (batch_size, block_size), endless, each as `RowsOrError` has it. No state of it has to be
+    saved in a checkpoint.
+    """
+    return open_loader(RowsOrError(dataset), num_workers, _start_worker, batch_sampler=order)
 
 
 def open_loader(dataset: Dataset, num_workers: int, start_worker: Callable[[int], None], **options: Any) -> DataLoader:
@@ -164,6 +191,17 @@ def document_positions(input_ids: torch.Tensor, document_token_id: int) -> torch
     index = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
     starts = torch.where(input_ids == document_token_id, index, 0).cummax(-1).values
     return index - starts
+
+
+def next_tokens(rows: torch.Tensor, block_size: int) -> torch.Tensor:
+    """
+    Return the token that follows each of the first `block_size` of a row, -100 where the row ends with it.
+
+    Args:
+        rows (`(B, T)` or `(B, T + 1)`): token ids, T being the block size.
+    """
+    following = rows[:, 1:].long()
+    return torch.nn.functional.pad(following, (0, block_size - following.shape[1]), value=-100)
 
 
 def num_targets(labels: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """The rows of each optimizer step: how a step is divided among processes, and which rows come in which order."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -59,15 +59,19 @@ class RowOrder(Sampler):
     Which rows each process trains on, as a pure function of (seed, step): any step can be reached without replaying
     the ones before it, and the global batch of a step does not depend on how it is split.
 
-    Every epoch of a source is its own permutation of its rows; step s takes places [s * G, (s + 1) * G) of the
-    permutations put end to end, where G = gradient_accumulation_steps * num_processes * batch_size. Of several
-    sources, a `SourceOrder` says whose turn it is. Yields, for the steps from `first_step` on, this process's
-    `gradient_accumulation_steps` lists of `batch_size` row numbers each, counted through all sources.
+    Every epoch of a source is its own permutation of its rows, or of those of one of its parts after the other; step s
+    takes places [s * G, (s + 1) * G) of the permutations put end to end, where G = gradient_accumulation_steps *
+    num_processes * batch_size. Of several sources, a `SourceOrder` says whose turn it is. Yields, for the steps from
+    `first_step` on, this process's `gradient_accumulation_steps` lists of `batch_size` row numbers each, counted
+    through all sources.
+
+    Args:
+        num_rows: of each source, or of each part of a source whose parts come in their order.
     """
 
     def __init__(
         self,
-        num_rows: list[int],
+        num_rows: Sequence[int | Sequence[int]],
         batch_size: int,
         gradient_accumulation_steps: int = 1,
         num_processes: int = 1,
@@ -76,8 +80,10 @@ class RowOrder(Sampler):
         first_step: int = 0,
         weights: list[float] | None = None,
     ):
-        self.num_rows = np.array(num_rows)
-        self.starts = np.cumsum([0, *num_rows])
+        parts = [[each] if isinstance(each, int) else each for each in num_rows]
+        self.parts = [np.cumsum([0, *each]) for each in parts]  # of each source, the number of each part's first row
+        self.num_rows = np.array([sum(each) for each in parts])
+        self.starts = np.cumsum([0, *self.num_rows])
         self.batch_size = batch_size
         self.accumulation = gradient_accumulation_steps
         self.num_processes = num_processes
@@ -85,7 +91,7 @@ class RowOrder(Sampler):
         self.seed = seed
         self.first_step = first_step
         self.source_order = SourceOrder(weights or [1.0] * len(num_rows), [seed])
-        self._permutations: dict[int, tuple[int, np.ndarray]] = {}  # by source: the epoch, and its order
+        self._permutations: dict[int, tuple[tuple, np.ndarray]] = {}  # by source: the epoch and part, and its order
 
     def __iter__(self) -> Iterator[list[int]]:
         step = self.first_step
@@ -101,14 +107,17 @@ class RowOrder(Sampler):
         sources, numbers = self.source_order.locate(places)
         epochs, offsets = np.divmod(numbers, self.num_rows[sources])
         rows = zip(sources.tolist(), epochs.tolist(), offsets.tolist(), strict=True)
-        return [int(self.starts[source] + self._permutation(source, epoch)[offset]) for source, epoch, offset in rows]
+        return [int(self.starts[source]) + self._row(source, epoch, offset) for source, epoch, offset in rows]
 
-    def _permutation(self, source: int, epoch: int) -> np.ndarray:
-        if self._permutations.get(source, (None,))[0] != epoch:
+    def _row(self, source: int, epoch: int, offset: int) -> int:
+        starts = self.parts[source]
+        part = int(np.searchsorted(starts, offset, side="right")) - 1
+        start, end = int(starts[part]), int(starts[part + 1])
+        if self._permutations.get(source, (None,))[0] != (epoch, part):
             # A sequence of integers seeds PCG64 through a hash.
-            generator = np.random.default_rng([self.seed, epoch, source])
-            self._permutations[source] = epoch, generator.permutation(self.num_rows[source])
-        return self._permutations[source][1]
+            generator = np.random.default_rng([self.seed, epoch, source, *([part] if len(starts) > 2 else [])])
+            self._permutations[source] = (epoch, part), generator.permutation(end - start)
+        return start + int(self._permutations[source][1][offset - start])
 
 
 class SourceOrder:

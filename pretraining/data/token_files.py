@@ -8,11 +8,14 @@ Folders of token files that other projects write, read as they are.
 | `train.bin`, `val.bin` | nanoGPT's prepare.py | uint16 and nothing else |
 
 They hold no tokenizer and no checksums. What can be checked is: that each is as long as it says, and that its ids are
-within the tokenizer's vocabulary.
+within the tokenizer's vocabulary. Validation rows overlap by a token, so that every token of them but the very first
+is predicted, as in the validation losses that those projects publish.
 """
 
 import hashlib
-from pathlib import Path
+from collections.abc import Sequence
+from pathlib import Path, PurePath
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -27,13 +30,17 @@ LLMC_LLAMA3_MAGIC = 20240801
 ROWS_PER_READ = 4096
 
 
+def split_of(path: PurePath) -> str | None:
+    """Return the split that the name of a token file tells, None of a file that is none."""
+    if path.suffix not in (".npy", ".bin"):
+        return None
+    return "train" if "train" in path.name else "validation" if "val" in path.name else None
+
+
 def token_files(folder: Path) -> dict[str, list[Path]]:
-    """The token files of other projects in a folder, by split."""
-    files = sorted(path for path in folder.glob("*") if path.suffix in (".npy", ".bin") and path.is_file())
-    return {
-        "train": [path for path in files if "train" in path.name],
-        "validation": [path for path in files if "val" in path.name and "train" not in path.name],
-    }
+    """Return the token files of other projects in a folder, by split."""
+    files = sorted(path for path in folder.glob("*") if path.is_file())
+    return {split: [path for path in files if split_of(path) == split] for split in ("train", "validation")}
 
 
 def open_borrowed_folder(folder: Path, tokenizer: PreTrainedTokenizerBase, block_size: int) -> DataFolder:
@@ -48,14 +55,11 @@ def open_borrowed_folder(folder: Path, tokenizer: PreTrainedTokenizerBase, block
         raise UserError(f"{folder} holds token files, which need a byte-level BPE such as GPT-2's as --tokenizer_name")
     paths = token_files(folder)
     files = _open_token_files(folder, paths, block_size)
-    splits = {
-        split: PackedDataset(opened, {"documents": None, "tokens": sum(map(len, opened)) * block_size, "bytes": None})
-        for split, opened in files.items()
-    }
+    splits = {split: token_dataset(opened, block_size) for split, opened in files.items()}
 
     def check() -> list[str]:
         return [
-            problem for split, dataset in splits.items() for problem in _count(dataset, paths[split], tokenizer, sizes)
+            problem for split, dataset in splits.items() for problem in count(dataset, paths[split], tokenizer, sizes)
         ]
 
     listing = "".join(f"{path.name} {path.stat().st_size} {block_size}\n" for path in paths["train"])
@@ -77,7 +81,7 @@ def _open_token_files(folder: Path, paths: dict[str, list[Path]], block_size: in
     for split, opened in files.items():
         for path in paths[split]:
             try:
-                opened.append(_open_token_file(path, block_size))
+                opened.append(open_token_file(path, block_size, overlap=split == "validation"))
             except UserError as error:
                 problems += error.problems
         if not paths[split]:
@@ -88,7 +92,13 @@ def _open_token_files(folder: Path, paths: dict[str, list[Path]], block_size: in
     return files
 
 
-def _count(
+def token_dataset(parts: Sequence[Any], block_size: int) -> PackedDataset:
+    """Return a split, whose documents and bytes `count` will tell."""
+    tokens = sum(map(len, parts)) * block_size
+    return PackedDataset(parts, {"documents": None, "tokens": tokens, "bytes": None}, block_size)
+
+
+def count(
     dataset: PackedDataset, paths: list[Path], tokenizer: PreTrainedTokenizerBase, sizes: np.ndarray
 ) -> list[str]:
     """
@@ -100,7 +110,7 @@ def _count(
     problems, documents, size, vocab_size = [], 0, 0, len(sizes)
     for path, rows in zip(paths, dataset.parts, strict=True):
         for start in range(0, len(rows), ROWS_PER_READ):
-            ids = rows[start : start + ROWS_PER_READ]
+            ids = rows[start : start + ROWS_PER_READ, -dataset.block_size :]  # each token of the file once
             largest = int(ids.max())
             if largest >= vocab_size:
                 problems.append(
@@ -114,12 +124,28 @@ def _count(
     return problems
 
 
-def _open_token_file(path: Path, block_size: int) -> np.ndarray:
-    tokens = _open_npy(path) if path.suffix == ".npy" else _open_bin(path)
-    rows, _ = full_rows(tokens, block_size)
-    if not len(rows):
+def open_token_file(path: Path, block_size: int, overlap: bool = False) -> np.ndarray:
+    """
+    Map a token file into memory.
+
+    Returns:
+        Its full rows (rows, block_size), or with `overlap` (rows, block_size + 1), of which each begins with the last
+        token of the one before.
+
+    Raises:
+        UserError: if it is damaged, of another format, or too short.
+    """
+    tokens = open_tokens(path)
+    if len(tokens) < block_size + overlap:
         raise UserError(f"{path} has {len(tokens)} tokens, less than one row of --block_size {block_size}")
-    return rows
+    if overlap:
+        return np.lib.stride_tricks.sliding_window_view(tokens, block_size + 1)[::block_size]
+    return full_rows(tokens, block_size)[0]
+
+
+def open_tokens(path: Path) -> np.ndarray:
+    """Map the tokens of a file into memory, and raise a UserError if it is damaged or of another format."""
+    return _open_npy(path) if path.suffix == ".npy" else _open_bin(path)
 
 
 def _open_npy(path: Path) -> np.ndarray:

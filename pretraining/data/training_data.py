@@ -17,14 +17,18 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from pretraining.data.data_folder import DATASET_FILE, DataFolder, open_data_folder, read_data_folder
+from pretraining.data.hub_token_files import HubTokenFile, list_token_files, open_hub_token_files
 from pretraining.data.packed_rows import PackedDataset, concatenate, training_batches
 from pretraining.data.row_order import RowOrder, StepSplit
 from pretraining.data.token_files import open_borrowed_folder, token_files
 from pretraining.distributed.processes import on_every_process
-from pretraining.errors import UserError, one_line
+from pretraining.errors import ProcessError, UserError, one_line
 from pretraining.text.sources import Source
 from pretraining.tokenization.tokenizer import load_tokenizer, tokenizer_fingerprint
 
+GPT2 = "openai-community/gpt2"  # whose tokens the token files of other projects have
+# A data folder or a folder of token files, or the token files of a dataset on the Hub by split.
+Place = Path | dict[str, list[HubTokenFile]]
 DEFAULT_BLOCK_SIZE = 1024  # where neither the data nor a flag says: GPT-2's
 
 
@@ -42,7 +46,10 @@ class PackedBatches:
         self._batches = iter(loader)
 
     def __next__(self) -> torch.Tensor:
-        return next(self._batches)
+        batch = next(self._batches)
+        if isinstance(batch, UserError):
+            raise ProcessError(*batch.problems)
+        return batch
 
     def position(self) -> None:
         return None
@@ -101,7 +108,10 @@ class PackedData(TrainingData):
 
     def _order(self, split: StepSplit, seed: int, first_step: int = 0) -> RowOrder:
         return RowOrder(
-            num_rows=[len(folder.train) for folder in self.folders],
+            num_rows=[
+                [len(part) for part in folder.train.parts] if folder.file_by_file else len(folder.train)
+                for folder in self.folders
+            ],
             batch_size=split.batch_size,
             gradient_accumulation_steps=split.gradient_accumulation_steps,
             num_processes=split.num_processes,
@@ -126,8 +136,8 @@ def open_packed(
     Raises:
         UserError: on all processes, with everything that is wrong with the files or does not fit together.
     """
-    paths = [Path(source.data_dir) if source.data_dir else download(source, state) for source in sources]
-    tokenizer, block_size, folders = on_every_process(lambda: _open_folders(paths, tokenizer_name, block_size))
+    places = [Path(source.data_dir) if source.data_dir else download(source, state) for source in sources]
+    tokenizer, block_size, folders = on_every_process(lambda: _open_folders(places, tokenizer_name, block_size))
     _check_once_a_machine(folders, state)
     weights = [source.weight for source in sources]
     identity = folders[0].fingerprint
@@ -147,15 +157,19 @@ def open_packed(
     )
 
 
-def _is_borrowed(path: Path) -> bool:
-    return not (path / DATASET_FILE).is_file() and any(token_files(path).values())
+def _is_borrowed(place: Place) -> bool:
+    if isinstance(place, dict):
+        return True
+    return not (place / DATASET_FILE).is_file() and any(token_files(place).values())
 
 
 def _open_folders(
-    paths: list[Path], tokenizer_name: str | None, block_size: int | None
+    places: list[Place], tokenizer_name: str | None, block_size: int | None
 ) -> tuple[PreTrainedTokenizerBase, int, list[DataFolder]]:
-    """The tokenizer and the block size of all folders, and the folders."""
-    own = next((path for path in paths if not _is_borrowed(path)), None)
+    """Return the tokenizer and the block size of all folders, and the folders."""
+    own = next((place for place in places if isinstance(place, Path) and not _is_borrowed(place)), None)
+    if all(isinstance(place, dict) for place in places):
+        tokenizer_name = tokenizer_name or GPT2
     if own is not None:
         block_size = block_size or read_data_folder(own)["block_size"]
         tokenizer = load_tokenizer(tokenizer_name or own / "tokenizer")
@@ -163,19 +177,23 @@ def _open_folders(
         block_size = block_size or DEFAULT_BLOCK_SIZE
         tokenizer = load_tokenizer(tokenizer_name)
     else:
-        raise UserError(f"{paths[0]} holds token files without a tokenizer: --tokenizer_name openai-community/gpt2 ?")
+        local = next(place for place in places if isinstance(place, Path))
+        raise UserError(f"{local} holds token files without a tokenizer: --tokenizer_name {GPT2} ?")
     fingerprint = tokenizer_fingerprint(tokenizer)
     folders, problems = [], []
-    for path in paths:
+    for place in places:
         try:
-            if _is_borrowed(path):
-                folders.append(open_borrowed_folder(path, tokenizer, block_size))
+            if isinstance(place, dict):
+                folders.append(open_hub_token_files(place, tokenizer, block_size))
                 continue
-            folder = open_data_folder(path, fingerprint)
+            if _is_borrowed(place):
+                folders.append(open_borrowed_folder(place, tokenizer, block_size))
+                continue
+            folder = open_data_folder(place, fingerprint)
             folders.append(folder)
             if folder.block_size != block_size:
                 problems.append(
-                    f"--block_size {block_size}, but the rows of {path} have {folder.block_size} tokens: prepare the "
+                    f"--block_size {block_size}, but the rows of {place} have {folder.block_size} tokens: prepare the "
                     "data again with that block size"
                 )
         except UserError as error:
@@ -185,30 +203,52 @@ def _open_folders(
     return tokenizer, block_size, folders
 
 
-def download(source: Source, state: PartialState) -> Path:
+def download(source: Source, state: PartialState) -> Place:
     """
-    A packed dataset that `prepare_data.py --push_to_hub` published: one process of each machine downloads it.
+    Download a packed dataset that `prepare_data.py --push_to_hub` published, by one process of each machine; or find
+    the token files of a dataset, which are downloaded when they are needed.
 
     Raises:
-        UserError: if there is none of that name, or it is not packed.
+        UserError: if there is no dataset of that name, or it has neither.
     """
-    name, problem, revision = str(source.dataset_name), None, source.dataset_revision
+    name, problem, found = str(source.dataset_name), None, None
     if state.is_local_main_process:
         try:
-            revision = HfApi().dataset_info(name, revision=revision).sha
-            hf_hub_download(name, DATASET_FILE, repo_type="dataset", revision=revision)  # before anything large
-            snapshot_download(name, repo_type="dataset", revision=revision)
+            found = _find_token_files(source) or _download_packed(source)
+        except UserError as error:
+            problem = error.problems[0]
         except Exception as error:  # no such dataset or revision, no network, a full disk
             problem = (
                 f"--dataset_name {name} cannot be downloaded as packed data: {one_line(error)} (text that is not "
                 "packed needs --streaming, or prepare_data.py)"
             )
-    answers = gather_object([(problem, revision)])
+    answers = gather_object([(problem, found)])
     problems = list(dict.fromkeys(problem for problem, _ in answers if problem))
     if problems:
         raise UserError(*problems)
-    revision = answers[0][1]
-    return Path(snapshot_download(name, repo_type="dataset", revision=revision, local_files_only=True))
+    found = answers[0][1]
+    if isinstance(found, dict):
+        return found
+    return Path(snapshot_download(name, repo_type="dataset", revision=found, local_files_only=True))
+
+
+def _find_token_files(source: Source) -> dict[str, list[HubTokenFile]] | None:
+    """Return the token files of a dataset by split, None if it has none."""
+    files = list_token_files(str(source.dataset_name), source.dataset_revision)
+    if not any(files.values()):
+        return None
+    return {**files, "train": files["train"][: source.max_train_files]}
+
+
+def _download_packed(source: Source) -> str:
+    """Download a packed dataset. Returns its commit."""
+    name = str(source.dataset_name)
+    if source.max_train_files:
+        raise UserError(f"--max_train_files is for datasets of token files, and {name} has none")
+    revision = str(HfApi().dataset_info(name, revision=source.dataset_revision).sha)
+    hf_hub_download(name, DATASET_FILE, repo_type="dataset", revision=revision)  # before anything large
+    snapshot_download(name, repo_type="dataset", revision=revision)
+    return revision
 
 
 def _check_once_a_machine(folders: list[DataFolder], state: PartialState) -> None:

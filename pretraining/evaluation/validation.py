@@ -6,7 +6,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from pretraining.data.packed_rows import ModelInputs, PackedDataset, num_targets
+from pretraining.data.packed_rows import ModelInputs, PackedDataset, next_tokens
 
 
 @torch.no_grad()
@@ -33,7 +33,7 @@ def evaluate(
             eval_loss / ln 2 * tokens / bytes of the validation text. The tokens between documents count, with no
             bytes of their own.
     """
-    num_rows = min(len(dataset), num_rows or len(dataset))
+    num_rows, block_size = min(len(dataset), num_rows or len(dataset)), dataset.block_size
     rows_per_round = batch_size * accelerator.num_processes
     sums = []  # loss and tokens of each round, read at the end only: to read is to wait for the device
     model.eval()
@@ -41,12 +41,13 @@ def evaluate(
         # All processes take part in every round, with rows that count for nothing once there are no more: a sharded
         # model needs all of them for a forward pass.
         first = start + accelerator.process_index * batch_size
-        rows = [min(row, num_rows - 1) for row in range(first, first + batch_size)]
-        inputs = model_inputs(dataset.__getitems__(rows))
-        inputs["labels"] = inputs["labels"].clone()
-        inputs["labels"][max(0, num_rows - first) :] = -100
+        rows = dataset.__getitems__([min(row, num_rows - 1) for row in range(first, first + batch_size)])
+        targets = next_tokens(rows, block_size)
+        targets[max(0, num_rows - first) :] = -100
+        inputs = model_inputs(rows[:, :block_size])
+        inputs["shift_labels"] = targets.to(inputs["input_ids"].device)
         loss_sum = model(**inputs, num_items_in_batch=1, use_cache=False, skip_logits=True).loss
-        sums.append(torch.stack([loss_sum, num_targets(inputs["labels"])]))
+        sums.append(torch.stack([loss_sum, (inputs["shift_labels"] != -100).sum()]))
     model.train()
     everyone = accelerator.gather(torch.stack(sums).flatten()).view(-1, 2).tolist()
     loss_sum, tokens = (math.fsum(values) for values in zip(*everyone, strict=True))

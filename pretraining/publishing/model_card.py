@@ -239,11 +239,9 @@ def _data_rows(record: RunRecord) -> list[tuple[str, str]]:
     train = record.train_statistics
     if train is None:
         return [*rows, ("tokens seen", f"{record.tokens:,}")]
-    return [
-        *rows,
-        ("training text", f"{counted(train['documents'], 'document')}, {train['bytes']:,} bytes"),
-        ("tokens seen", f"{record.tokens:,} ({record.tokens / train['tokens']:.2f} epochs)"),
-    ]
+    if train["documents"] is not None:  # nobody has counted those of files that are downloaded while training
+        rows.append(("training text", f"{counted(train['documents'], 'document')}, {train['bytes']:,} bytes"))
+    return [*rows, ("tokens seen", f"{record.tokens:,} ({record.tokens / train['tokens']:.2f} epochs)")]
 
 
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers")  # whose versions the card tells

@@ -46,10 +46,12 @@ class Source(TextSource):
     One entry under `mixture:` in a recipe, or the one source that the flags of the same names give.
 
     Attributes:
+        max_train_files: how many token files of a dataset on the Hub to train on, in the order of their names.
         weight: share of the rows, and so of the tokens, relative to the other sources' weights.
     """
 
     data_dir: str | None = None
+    max_train_files: int | None = None
     weight: float = 1.0
 
     @classmethod
@@ -72,8 +74,13 @@ class Source(TextSource):
             found.append("--train_file is text: add --streaming, or pack it first with prepare_data.py")
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.name != "weight" and not isinstance(value, str | None):
+            if field.name not in ("weight", "max_train_files") and not isinstance(value, str | None):
                 found.append(f"{field.name} of a source must be a text, got {value}")
+        files = self.max_train_files
+        if files is not None and (not isinstance(files, int) or files < 1):
+            found.append(f"--max_train_files must be at least 1, got {files}")
+        if files is not None and (streaming or not self.dataset_name):
+            found.append("--max_train_files is for a --dataset_name of token files, without --streaming")
         if not isinstance(self.weight, float) or not 0 < self.weight < float("inf"):
             found.append(f"the weight of {self.name} must be a number above 0, got {self.weight}")
         return found

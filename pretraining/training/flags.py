@@ -21,7 +21,8 @@ AT_LEAST_ONE = """block_size per_device_train_batch_size gradient_accumulation_s
 NOT_NEGATIVE = "learning_rate weight_decay max_grad_norm warmup_steps seed dataloader_num_workers adam_epsilon"
 # Flags that do not decide the result, or whose effect a checkpoint has a record of: the data's fingerprint, the config
 # and the size of the global batch, however it is split.
-NEUTRAL = """output_dir data_dir dataset_name dataset_config_name dataset_revision text_column train_file
+NEUTRAL = """output_dir data_dir dataset_name dataset_config_name dataset_revision max_train_files
+    text_column train_file
     validation_file validation_split_percentage mixture tokenizer_name streaming block_size
     per_device_train_batch_size gradient_accumulation_steps tokens_per_step
     gradient_checkpointing torch_compile dataloader_num_workers
@@ -46,6 +47,9 @@ class DataFlags(TextFlags):
     )
     tokenizer_name: str | None = flag(
         None, "with --streaming or other projects' token files: the tokenizer, if --model_name_or_path has none"
+    )
+    max_train_files: int | None = flag(
+        None, "of a --dataset_name that holds token files, such as kjj0/fineweb10B-gpt2: the first so many; else all"
     )
     block_size: int | None = flag(None, "tokens in a row; that of the data, or 1024, if left out")
     document_attention: bool = flag(False, "documents in a row do not see each other, and positions restart in each")
