@@ -19,7 +19,8 @@ from pretraining.checkpoints.state import Position
 from pretraining.distributed.processes import on_main_process
 from pretraining.errors import UserError
 from pretraining.files import INCOMPLETE, locked, write_text
-from pretraining.records.run_files import IDENTITY, TRAINING_ARGS, WEIGHTS
+from pretraining.optimization.schedule import SCHEDULE_SETTINGS, is_same_schedule
+from pretraining.records.run_files import EVENTS, IDENTITY, METRICS, TRAINING_ARGS, WEIGHTS
 
 AT_FIRST = {".lock", TRAINING_ARGS, IDENTITY}  # in the folder of a run that has not begun
 
@@ -126,7 +127,8 @@ def _open(output_dir: Path, arguments: dict, identity: dict, defaults: dict) -> 
         write_arguments(output_dir, arguments, identity)
         return ResumePlan(messages=messages)
     messages += [f"passed over: {damage}" for damage in damages]
-    _check_position(folder, arguments["allow_changes"], identity, defaults)
+    is_branch = folder.resolve().parent != output_dir.resolve()
+    _check_position(folder, arguments["allow_changes"], identity, defaults, is_branch)
     return ResumePlan(checkpoint=folder, messages=messages)
 
 
@@ -149,11 +151,18 @@ def _check_finished(output_dir: Path, identity: dict, defaults: dict) -> None:
         raise UserError(*(f"{output_dir} holds a finished run, of {problem} ({further})" for problem in problems))
 
 
-def _check_position(folder: Path, allow_changes: list[str], identity: dict, defaults: dict) -> None:
+def _check_position(
+    folder: Path, allow_changes: list[str], identity: dict, defaults: dict, is_branch: bool = False
+) -> None:
     position = Position.read(folder)
     max_steps = identity["settings"]["max_steps"]
     if position.step >= max_steps:
         raise UserError(f"{folder} has --max_steps {max_steps} behind it: nothing is left to train")
+    settings = position.identity.get("settings")  # read from a file that may hold anything
+    before = defaults | (settings if isinstance(settings, dict) else {})
+    if is_branch and is_same_schedule(before, identity["settings"], position.step):
+        # A cool-down of its own, say: the steps up to the checkpoint would have been the same.
+        allow_changes = [*allow_changes, *SCHEDULE_SETTINGS]
     if problems := differences(position.identity, identity, allow_changes, defaults):
         raise UserError(*(f"{folder} is of {problem}" for problem in problems))
 
@@ -179,6 +188,9 @@ def resume(
     position = load_checkpoint(accelerator, checkpoint, model, optimizer)
     accelerator.print(f"continuing from {checkpoint}")
     if accelerator.is_main_process:
+        for name in (METRICS, EVENTS):  # of a branch: what its plots and its card tell of the steps before it
+            if (checkpoint.parent / name).is_file() and not (output_dir / name).exists():
+                shutil.copyfile(checkpoint.parent / name, output_dir / name)
         write_arguments(output_dir, arguments, identity)
         for folder in set_aside_later(output_dir, position.step):
             print(f"set aside, as this run goes on from an earlier step: {folder}")

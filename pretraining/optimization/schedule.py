@@ -2,11 +2,14 @@
 
 import math
 from dataclasses import dataclass
-from typing import assert_never
+from typing import Any, assert_never
 
 from torch.optim import Optimizer
 
 from pretraining.optimization.options import LRSchedulerType, OptimOptions, SchedulerOptions
+
+# Flags that say what the learning rate is at a step.
+SCHEDULE_SETTINGS = ("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_steps")
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,17 @@ class Schedule:
     max_steps: int
     options: SchedulerOptions = SchedulerOptions()
     optim_options: OptimOptions = OptimOptions()
+
+    @classmethod
+    def of(cls, settings: dict[str, Any]) -> "Schedule":
+        """Return the schedule of the settings that an identity holds (`checkpoints/identity.py`)."""
+        return cls(
+            settings["lr_scheduler_type"],
+            settings["warmup_steps"],
+            settings["max_steps"],
+            SchedulerOptions(**settings["lr_scheduler_kwargs"]),
+            OptimOptions(**settings["optim_args"]),
+        )
 
     def set(self, optimizer: Optimizer, step: int) -> float:
         """
@@ -89,6 +103,21 @@ class Schedule:
             return options.muon_momentum
         part = step / options.muon_momentum_warmup_steps
         return options.muon_momentum_start + part * (options.muon_momentum - options.muon_momentum_start)
+
+
+def is_same_schedule(before: dict[str, Any], now: dict[str, Any], num_steps: int) -> bool:
+    """
+    Return True if the learning rate is the same in each of the first `num_steps` steps.
+
+    Args:
+        before, now: settings as an identity has them, `before` read from a file that may hold anything.
+    """
+    try:
+        schedules = [Schedule.of(settings) for settings in (before, now)]
+        factors = ([each.learning_rate_factor(step) for step in range(num_steps)] for each in schedules)
+        return next(factors) == next(factors)
+    except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError, AssertionError):
+        return False
 
 
 def _between(floor: float, factor: float) -> float:

@@ -61,10 +61,7 @@ class Setup:
 
     @cached_property
     def schedule(self) -> Schedule:
-        args = self.args
-        return Schedule(
-            args.lr_scheduler_type, args.warmup_steps, args.max_steps, args.scheduler_options(), args.optim_options()
-        )
+        return Schedule.of(self.args.settings())
 
     @cached_property
     def model_inputs(self) -> ModelInputs:

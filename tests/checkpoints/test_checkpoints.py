@@ -145,6 +145,39 @@ def test_what_differs_from_the_checkpoint_is_named_with_both_values(
 
 
 @pytest.fixture(scope="module")
+def trunk(data_dir, tmp_path_factory) -> tuple[tuple, Path]:
+    """A run of 12 steps at one learning rate up to the last two, with a checkpoint every other step."""
+    output_dir = tmp_path_factory.mktemp("trunk") / "run"
+    more = ("--save_steps", 2, "--warmup_steps", 2, "--lr_scheduler_type", "warmup_stable_decay")
+    arguments = flags(data_dir, output_dir, *more)
+    succeed(script("train_accelerate.py", *arguments, "--max_steps", 12))
+    return arguments, output_dir
+
+
+def test_a_cool_down_from_any_checkpoint_is_a_run_that_was_planned_so(trunk, tmp_path):
+    """In a folder of its own, with nothing to allow: the steps behind it would have been the same."""
+    arguments, trunk_dir = trunk
+    before = {path: path.read_bytes() for path in trunk_dir.rglob("*") if path.is_file()}
+    decay = ("--max_steps", 10, "--lr_scheduler_kwargs", "num_decay_steps=4,decay_type=1-sqrt")
+    branch = (*arguments, *decay, "--resume_from_checkpoint", trunk_dir / "checkpoint-000006")
+    succeed(script("train_accelerate.py", *branch, "--output_dir", tmp_path / "branch"))
+    succeed(script("train_accelerate.py", *arguments, *decay, "--output_dir", tmp_path / "planned"))
+    assert_equal(tmp_path / "branch", tmp_path / "planned")  # with the lines of the steps before it
+    assert {path: path.read_bytes() for path in trunk_dir.rglob("*") if path.is_file()} == before
+
+
+def test_a_branch_whose_past_would_have_been_another_has_to_be_allowed(trunk, tmp_path, refuse):
+    arguments, trunk_dir = trunk
+    checkpoint = trunk_dir / "checkpoint-000008"
+    decay = ("--lr_scheduler_kwargs", "num_decay_steps=6")  # from the eighth step on
+    for changes in (decay, ("--warmup_steps", 1), ("--lr_scheduler_type", "cosine")):
+        branch = ("--max_steps", 12, *changes, "--resume_from_checkpoint", checkpoint)
+        errors = refuse(train_accelerate, *arguments, *branch, "--output_dir", tmp_path / "branch")
+        assert any(f"{changes[0]} " in error and "--allow_changes" in error for error in errors), errors
+        assert not (tmp_path / "branch").exists()
+
+
+@pytest.fixture(scope="module")
 def other_data(tmp_path_factory) -> Path:
     """Another text, with a tokenizer of its own."""
     folder = tmp_path_factory.mktemp("other")
