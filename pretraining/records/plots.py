@@ -7,31 +7,32 @@ from typing import TYPE_CHECKING
 
 from pretraining.files import INCOMPLETE
 from pretraining.records.metrics import read_metrics
+from pretraining.records.reference_losses import LossCurve
 from pretraining.records.run_files import HELLASWAG_PLOT, LOSS_PLOT
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-from transformers import PreTrainedTokenizerBase
-
-from pretraining.tokenization.tokenizer import tokenizer_fingerprint
-
 SETTLED = 0.05  # part of the tokens seen after which a loss has to be in the picture
 LABEL_HEIGHT = 0.04  # of a reference line's name, as a part of the plot's height
 
 
-def plot_loss(output_dir: Path, reference_losses: dict[str, float]) -> None:
+def plot_loss(output_dir: Path, reference_losses: dict[str, float], curve: LossCurve | None = None) -> None:
     """
     Draw plots/loss.png: training and validation loss over the tokens seen.
 
     Args:
         reference_losses: what to compare the validation loss with, in nats per token, such as `{"gzip -9": 4.31}`.
+        curve: a published validation loss over the same tokens, to draw behind.
     """
     lines = read_metrics(output_dir)
     figure, axes = _new_figure()
     training = [(line["tokens"], line["loss"]) for line in lines if "loss" in line]
     evaluation = [(line["tokens"], line["eval_loss"]) for line in lines if "eval_loss" in line]
+    published = curve.points((training + evaluation)[-1][0]) if curve else []
+    if curve and len(published) > 1:
+        axes.plot(*zip(*published, strict=True), color="tab:green", linestyle="--", linewidth=1.2, label=curve.name)
     if training:
         axes.plot(*zip(*training, strict=True), color="tab:blue", alpha=0.5, linewidth=1, label="training")
     if evaluation:
@@ -93,20 +94,6 @@ def _save(figure: "Figure", axes: "Axes", path: Path) -> None:
     os.replace(temporary, path)
 
 
-# sha256 of its vocabulary and merges, see `tokenizer_fingerprint`.
-GPT2_TOKENIZER = "791ec97af60dca33a46dd246e8bf7ef8687a4e7bac5fcf85ec49eac7fea9e624"
-
-# Of OpenAI's GPT-2 in nats per token, by a part of the dataset's name.
-VALIDATION_LOSSES = {
-    "fineweb-edu": {"GPT-2 124M": 3.2924},  # sample-10BT; build-nanogpt, play.ipynb
-    "openwebtext": {  # nanoGPT, README, "baselines"
-        "GPT-2 124M": 3.12,
-        "GPT-2 350M": 2.84,
-        "GPT-2 774M": 2.67,
-        "GPT-2 1558M": 2.54,
-    },
-}
-
 # acc_norm of the completion protocol, in percent of all 10,042 items.
 HELLASWAG_ACC_NORM = {
     "GPT-2 124M": 29.55,  # build-nanogpt, hellaswag.py
@@ -118,14 +105,3 @@ HELLASWAG_ACC_NORM = {
     "GPT-3 760M": 51.00,
     "GPT-3 1.3B": 54.70,
 }
-
-
-def comparable_losses(source_names: list[str], tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
-    """
-    Published validation losses of OpenAI's GPT-2 in nats per token, by model, on text of the same distribution; empty
-    if there are none, or the tokens are not GPT-2's.
-    """
-    if len(source_names) != 1 or tokenizer_fingerprint(tokenizer) != GPT2_TOKENIZER:
-        return {}
-    name = source_names[0].lower()
-    return next((losses for key, losses in VALIDATION_LOSSES.items() if key in name), {})

@@ -13,8 +13,9 @@ from pretraining.errors import UserError
 from pretraining.evaluation.hellaswag_scoring import score_on_all_processes, summarise
 from pretraining.evaluation.samples import write_samples
 from pretraining.evaluation.validation import evaluate
-from pretraining.records.plots import comparable_losses, plot_hellaswag, plot_loss
+from pretraining.records.plots import plot_hellaswag, plot_loss
 from pretraining.records.progress import Progress, duration
+from pretraining.records.reference_losses import comparable_curve, comparable_losses
 from pretraining.records.run_files import HELLASWAG_PLOT, LOSS_PLOT
 from pretraining.records.run_log import RunLog
 from pretraining.training.setup import Setup
@@ -86,7 +87,8 @@ class Reports:
             references = {name: rate * nats for name, rate in validation.compression_rates.items()}
             names = [source["name"] for source in setup.data.sources]
             references |= comparable_losses(names, setup.data.tokenizer)
-            self._draw(LOSS_PLOT, lambda: plot_loss(setup.output_dir, references))
+            curve = comparable_curve(names, setup.data.tokenizer)
+            self._draw(LOSS_PLOT, lambda: plot_loss(setup.output_dir, references, curve))
         progress.restart_interval()
 
     def hellaswag(self) -> None:
