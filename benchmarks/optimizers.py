@@ -69,9 +69,32 @@ def muon(title: str, learning_rate: float = 2.4e-2, **flags: Any) -> Rung:
     return Rung(title, learning_rate, {"optim": "muon", "warmup": 0.3, **flags})
 
 
+# Of settings that help together; `RUNGS` has each of them without the others.
+BEST = {"warmup": 0.03, "adam_beta1": 0.8, "adam_beta2": 0.99, "optim_args": "embedding_lr=3,muon_scale=spectral"}
+WIDE = {"config_overrides": "initializer_range=0.06"}
 RUNGS = {
     "adamw": adamw("AdamW"),
+    "adamw_tuned": adamw("AdamW, tuned", warmup=0.5, adam_beta2=0.99, optim_args="embedding_lr=3"),
+    "adamw_tuned_wide": adamw(
+        "AdamW, tuned, wide init", warmup=0.5, adam_beta2=0.99, optim_args="embedding_lr=3", **WIDE
+    ),
     "muon": muon("Muon"),
+    "warmup": muon("shorter warm-up", warmup=0.03),
+    "beta2": muon("beta2 of 0.99", adam_beta2=0.99),
+    "embedding_lr": muon("embeddings at 3 x the rate", optim_args="embedding_lr=3"),
+    "spectral": muon("spectral scale", optim_args="muon_scale=spectral"),
+    "normuon": muon("NorMuon", optim_args="normuon_beta2=0.95"),
+    "cautious": muon("cautious decay", optim_args="cautious_weight_decay=true"),
+    "zero_init": muon("residual projections of zeros", config_overrides="zero_init_residual=true"),
+    "untied": muon("head of its own", config_overrides="tie_word_embeddings=false"),
+    "stable": muon(
+        "stable, then a decay over 60%",
+        lr_scheduler_type="warmup_stable_decay",
+        lr_scheduler_kwargs="decay_fraction=0.6",
+        warmup=0.1,
+    ),
+    "best": muon("the best together", **BEST),
+    "best_wide": muon("the best together, wide init", **BEST, **WIDE),
 }
 
 

@@ -61,14 +61,7 @@ def build_optimizer(
     adam: dict[str, Any] = {"lr": learning_rate, "betas": betas, "eps": eps, "fused": has_fused_adamw(device)}
     optimizer: Optimizer
     if optim == "muon":
-        optimizer = Muon(
-            groups.values(),
-            **adam,
-            momentum=options.muon_momentum,
-            normuon_beta2=options.normuon_beta2,
-            cautious=options.cautious_weight_decay,
-            dtype=muon_dtype,
-        )
+        optimizer = Muon(groups.values(), **adam, options=options, dtype=muon_dtype)
     else:
         optimizer = AdamW(groups.values(), **adam)
     for group in optimizer.param_groups:
@@ -124,8 +117,7 @@ class Muon(Optimizer):
     Args:
         groups: each with `params`, `kind` and `weight_decay`.
         betas, eps, fused: AdamW's.
-        momentum: Muon's Nesterov momentum.
-        normuon_beta2, cautious: see `OptimOptions`.
+        options: see `OptimOptions`.
         dtype: in which matrices are orthogonalised: bf16 where the device multiplies it in hardware, else fp32.
     """
 
@@ -135,17 +127,15 @@ class Muon(Optimizer):
         lr: float,
         betas: tuple[float, float] = ADAM_BETAS,
         eps: float = ADAM_EPSILON,
-        momentum: float = OptimOptions.muon_momentum,
-        normuon_beta2: float = 0.0,
-        cautious: bool = False,
         fused: bool = False,
+        options: OptimOptions = DEFAULT_OPTIONS,
         dtype: torch.dtype = torch.float32,
     ):
+        self.options = options
         self.dtype = dtype
-        self.normuon_beta2 = normuon_beta2
-        self.cautious = cautious
         # By this name torch's load_state_dict knows that AdamW's steps belong on the device of the parameters.
-        super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "momentum": momentum, "fused": fused})
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "momentum": options.muon_momentum, "fused": fused}
+        super().__init__(groups, defaults)
         for group in self.param_groups:
             if group["kind"] == "muon" and any(parameter.ndim != 2 for parameter in group["params"]):
                 raise ValueError("a group of kind 'muon' takes matrices alone")
@@ -172,16 +162,24 @@ class Muon(Optimizer):
             buffer.lerp_(gradient, 1 - group["momentum"])
             momentums.append(gradient.lerp(buffer, group["momentum"]).to(self.dtype))  # Nesterov's
         updates = orthogonalize_together(momentums)
-        if self.normuon_beta2:
+        sizes = [self._size(parameter) for parameter in parameters]
+        if self.options.normuon_beta2:
             updates = self._normalise_rows(parameters, updates)
-        for parameter, update in zip(parameters, updates, strict=True):
-            size = 0.2 if self.normuon_beta2 else 0.2 * max(parameter.shape) ** 0.5
+        for parameter, update, size in zip(parameters, updates, sizes, strict=True):
             weights, decay = _local(parameter), group["lr"] * group["weight_decay"]
-            if self.cautious:
+            if self.options.cautious_weight_decay:
                 weights.mul_(1 - decay * (weights * update > 0))
             else:
                 weights.mul_(1 - decay)
             weights.add_(update, alpha=-group["lr"] * size)
+
+    def _size(self, parameter: Tensor) -> float:
+        """Return the factor of a matrix whose singular values are 1 or, after NorMuon, whose mean square is 1."""
+        rows, columns = parameter.shape
+        size = 0.2 * max(rows, columns) ** 0.5
+        if self.options.muon_scale == "spectral" and rows < columns:
+            size *= rows / columns
+        return size / max(rows, columns) ** 0.5 if self.options.normuon_beta2 else size
 
     def _normalise_rows(self, parameters: list[Tensor], updates: list[Tensor]) -> list[Tensor]:
         """Divide each row by its root mean square over the steps, and bring each matrix to a root mean square of 1."""
@@ -191,7 +189,7 @@ class Muon(Optimizer):
             if "row_second_moment" not in state:
                 state["row_second_moment"] = torch.zeros_like(parameter[:, :1])
             moment = _local(state["row_second_moment"])  # (R, 1)
-            moment.lerp_(update.square().mean(dim=1, keepdim=True), 1 - self.normuon_beta2)
+            moment.lerp_(update.square().mean(dim=1, keepdim=True), 1 - self.options.normuon_beta2)
             normalised.append(update / (moment.sqrt() + NORMUON_EPSILON))
             squares.append(normalised[-1].square().sum())
         sums = torch.stack(squares)

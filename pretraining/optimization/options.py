@@ -9,6 +9,7 @@ LRSchedulerType = Literal[
     "cosine_with_min_lr", "cosine", "linear", "constant", "constant_with_warmup", "warmup_stable_decay"
 ]
 DecayType = Literal["linear", "cosine", "1-sqrt"]
+MuonScale = Literal["rms", "spectral"]
 # Settings by the only schedules that have them.
 SCHEDULES = {
     "min_lr_rate": "cosine_with_min_lr",
@@ -30,6 +31,9 @@ class OptimOptions:
         muon_momentum: Nesterov's, which rises linearly from `muon_momentum_start` over `muon_momentum_warmup_steps`
             (Jordan et al. 2024, https://github.com/KellerJordan/modded-nanogpt, train_gpt.py). While gradients still
             change their direction fast, a long average holds on to directions that are out of date.
+        muon_scale: the size of Muon's updates: `rms`, that of AdamW's for every matrix (Liu et al. 2025, "Muon is
+            Scalable for LLM Training", section 2.2), or `spectral`, by sqrt(outputs / inputs), so that activations
+            change as much in every layer (Bernstein 2025, https://jeremybernste.in/writing/deriving-muon).
         normuon_beta2: decay of the second moment of Muon's updates, one number per row, by which NorMuon divides them
             (Li et al. 2025, https://arxiv.org/abs/2510.05491); 0 is Muon.
         cautious_weight_decay: Muon's weights decay only where that agrees with the sign of their update (Chen et al.
@@ -45,6 +49,7 @@ class OptimOptions:
     muon_momentum: float = 0.95
     muon_momentum_start: float = 0.85
     muon_momentum_warmup_steps: int = 300
+    muon_scale: MuonScale = "rms"
     normuon_beta2: float = 0.0
     cautious_weight_decay: bool = False
     scheduled_weight_decay: bool = False
@@ -58,7 +63,9 @@ class OptimOptions:
         for name in ("muon_momentum", "muon_momentum_start", "normuon_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 found.append(f"--optim_args: {name} must be at least 0 and below 1, got {getattr(self, name)}")
-        for name in ("muon_momentum", "muon_momentum_start", "normuon_beta2", "cautious_weight_decay"):
+        if self.muon_scale not in get_args(MuonScale):
+            found.append(f"--optim_args: muon_scale must be {' or '.join(get_args(MuonScale))}, got {self.muon_scale}")
+        for name in ("muon_momentum", "muon_momentum_start", "muon_scale", "normuon_beta2", "cautious_weight_decay"):
             if optim != "muon" and getattr(self, name) != getattr(default, name):
                 found.append(f"--optim_args: {name} is for --optim muon")
         return found

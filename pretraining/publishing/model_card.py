@@ -133,9 +133,14 @@ def _training_table(record: RunRecord, settings: dict) -> str:
         ("hardware", record.hardware),
         ("time", duration(record.hours)),
         ("precision", "fp32" if record.mixed_precision == "no" else f"{record.mixed_precision} autocast"),
-        *((f"`{key}`", value) for key, value in settings.items() if value is not None),
+        *((f"`{key}`", _setting(value)) for key, value in settings.items() if value not in (None, {})),
     ]
     return table(("", "value"), rows)
+
+
+def _setting(value: object) -> object:
+    """Return a setting as it is written on a command line."""
+    return ",".join(f"{key}={each}" for key, each in value.items()) if isinstance(value, dict) else value
 
 
 def title_of(name: str) -> str:

@@ -107,6 +107,27 @@ def test_two_steps_of_normuon_are_its_formula(shape):
     torch.testing.assert_close(weight.detach().double(), expected, rtol=1e-4, atol=1e-6)
 
 
+def test_a_spectral_update_is_as_large_as_outputs_and_inputs_say():
+    """Of matrices of 32 and 128: sqrt(outputs / inputs), in units of a square one's size."""
+    updates = {}
+    for scale in ("rms", "spectral"):
+        model = tiny_model(n_embd=32)
+        before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        optimizer = build_optimizer(model, "muon", 1e-2, 0.0, CPU, options=OptimOptions(muon_scale=scale))
+        set_gradients(model, 1)
+        optimizer.step()
+        updates[scale] = {name: parameter.detach() - before[name] for name, parameter in model.named_parameters()}
+    unit = 1e-2 * 0.2 * 32**0.5
+    for name, ratio in (("self_attn.q_proj", 1), ("mlp.up_proj", 4), ("mlp.down_proj", 1 / 4)):
+        update = updates["spectral"][f"model.layers.0.{name}.weight"]
+        largest = torch.linalg.matrix_norm(update, ord=2)
+        assert 0.7 * ratio**0.5 < largest / unit < 1.21 * ratio**0.5, name
+        factor = 1 / 4 if "down" in name else 1
+        torch.testing.assert_close(
+            update, factor * updates["rms"][f"model.layers.0.{name}.weight"], rtol=1e-4, atol=1e-7
+        )
+
+
 def test_a_cautious_decay_is_where_weight_and_update_have_one_sign():
     weights = {}
     for cautious, decay in ((False, 0.0), (True, 30.0)):
