@@ -37,8 +37,8 @@ def build_optimizer(
     script's default learning rate, 6e-4, is that of GPT-3 Small (table 2.1), larger models take less.
     `muon`: `Muon` for the blocks' weight matrices, AdamW as above for embeddings, head, norms and biases.
 
-    Only matrices decay; norms and biases do not. Parameters of the same settings are one group, which keeps its peak
-    learning rate, its factor and its peak decay for the schedule.
+    Only matrices decay; norms and biases do not. A group keeps its peak learning rate, its factor and its peak decay for
+    the schedule. Matrices of the same factor are one group, as in checkpoints of versions without factors.
 
     Args:
         device: where the parameters will be.
@@ -57,7 +57,8 @@ def build_optimizer(
     for parameters, factor, decay, kind in parts:
         settings = {"weight_decay": decay, "peak_weight_decay": decay, "lr_factor": factor, "kind": kind}
         if parameters:
-            groups.setdefault(tuple(settings.values()), {"params": [], **settings})["params"] += parameters
+            key = (parameters is vectors, factor, kind)
+            groups.setdefault(key, {"params": [], **settings})["params"] += parameters
     adam: dict[str, Any] = {"lr": learning_rate, "betas": betas, "eps": eps, "fused": has_fused_adamw(device)}
     optimizer: Optimizer
     if optim == "muon":

@@ -32,6 +32,13 @@ def test_only_matrices_decay_and_every_parameter_is_trained_once(optim):
         assert decay[id(parameter)] == (0.1 if parameter.ndim == 2 else 0.0), name
 
 
+@pytest.mark.parametrize(("optim", "sizes"), [("adamw", [21, 32]), ("muon", [18, 3, 32])])
+def test_without_factors_there_are_the_groups_of_earlier_checkpoints(optim, sizes):
+    for decay in (0.1, 0.0):
+        optimizer = build_optimizer(tiny_model(tie_word_embeddings=False), optim, 1e-3, decay, CPU)
+        assert [len(group["params"]) for group in optimizer.param_groups] == sizes
+
+
 def test_muon_gets_the_blocks_matrices_and_nothing_else():
     model = tiny_model(tie_word_embeddings=False)
     hidden, embeddings, head, vectors = parameter_groups(model)
