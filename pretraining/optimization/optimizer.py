@@ -37,8 +37,8 @@ def build_optimizer(
     script's default learning rate, 6e-4, is that of GPT-3 Small (table 2.1), larger models take less.
     `muon`: `Muon` for the blocks' weight matrices, AdamW as above for embeddings, head, norms and biases.
 
-    Only matrices decay; norms and biases do not. A group keeps its peak learning rate, its factor and its peak decay for
-    the schedule. Matrices of the same factor are one group, as in checkpoints of versions without factors.
+    Only matrices decay; norms and biases do not. Matrices of the same factor are one group, as in checkpoints of
+    versions without factors. A group keeps its peak learning rate, its factor and its peak decay for the schedule.
 
     Args:
         device: where the parameters will be.
