@@ -251,6 +251,8 @@ class Ladder:
                 capture_output=True,
                 text=True,
             )
+            if "not finite" in result.stderr:
+                return [{"eval_loss": math.inf}]  # this learning rate is too high
             if result.returncode:
                 raise UserError(f"{output_dir.name} ended with status {result.returncode}: {result.stderr[-2000:]}")
             print(f"{output_dir.name} is finished", file=sys.stderr, flush=True)
@@ -277,11 +279,12 @@ def row(result: Result, best_adamw: Result, steps: int) -> list[str]:
         return [*cells, loss, "", "", f"{result.seconds / best_adamw.seconds:.2f}"]
     ratios = [result.steps_to(target, seed) / steps for seed, target in enumerate(targets)]
     ratio = result.steps_to(statistics.mean(targets)) / steps
+    below = "< " if ratio * steps <= min(result.losses) else ""
     return [
         *cells,
         "",
         loss,
-        f"{ratio:.3f} ({', '.join(f'{each:.3f}' for each in ratios)})",
+        f"{below}{ratio:.3f} ({', '.join(f'{each:.3f}' for each in ratios)})",
         f"{result.seconds / best_adamw.seconds:.2f}",
     ]
 

@@ -1,6 +1,7 @@
 """Command lines and recipes: a dataclass of flags, filled from a YAML file and then from the command line."""
 
 import argparse
+import contextlib
 import copy
 import dataclasses
 import errno
@@ -94,9 +95,11 @@ def parse_pairs(flag_name: str, text: str) -> dict[str, Any]:
     """
     if text.lstrip().startswith("{"):
         try:
-            return dict(json.loads(text))
+            mapping = dict(json.loads(text))
         except (ValueError, RecursionError) as error:
             raise UserError(f"{flag_name} {text[:60]}: {one_line(error)}") from None
+        # YAML takes 1e-3 for a text.
+        return {key: _to_value(value) if isinstance(value, str) else value for key, value in mapping.items()}
     items = [item.strip() for item in text.split(",") if item.strip()]
     if problems := [f"{flag_name}: '{item}' is not name=value" for item in items if "=" not in item]:
         raise UserError(*problems)
@@ -129,13 +132,19 @@ def parse_settings(flag_name: str, text: str | None, settings_class: type[T]) ->
             continue
         wanted = types[key] if get_origin(types[key]) is not Literal else str
         if wanted is float and type(value) is int:
-            pairs[key] = value = float(value)
+            with contextlib.suppress(OverflowError):
+                pairs[key] = value = float(value)
         if not isinstance(value, wanted) or (type(value) is bool) != (wanted is bool):
             kind = getattr(wanted, "__name__", str(wanted))
             problems.append(f"{flag_name}: {key} must be of type {kind}, got {value!r}")
     if problems:
         raise UserError(*problems)
     return settings_class(**pairs)
+
+
+def format_settings(value: object) -> str:
+    """Return a setting as it is written on a command line, pairs among them."""
+    return ",".join(f"{key}={each}" for key, each in value.items()) if isinstance(value, dict) else str(value)
 
 
 def changed_settings(settings: Any) -> dict[str, Any]:
@@ -241,9 +250,13 @@ def _recipe_argv(path: str | None, names: list[str], problems: list[str]) -> lis
             values = value if isinstance(value, list) else [value]
             argv += [
                 f"--{key}",
-                *(json.dumps(value, default=str) if isinstance(value, dict) else str(value) for value in values),
+                *(_as_json(value) if isinstance(value, dict) else str(value) for value in values),
             ]
     return argv
+
+
+def _as_json(mapping: dict) -> str:
+    return json.dumps({str(key): value for key, value in mapping.items()}, default=str)
 
 
 def _option_value(argv: list[str], option: str) -> str | None:

@@ -155,6 +155,7 @@ class Settings:
         ("rate=2e-1, steps=3,cautious=true", Settings(rate=0.2, steps=3, cautious=True)),
         ("rate=2,form=cosine", Settings(rate=2.0, form="cosine")),
         ('{"rate": 0.5, "steps": null, "form": "cosine"}', Settings(rate=0.5, form="cosine")),
+        ('{"rate": "5e-1"}', Settings(rate=0.5)),  # as YAML reads it
     ],
 )
 def test_settings_are_written_as_pairs_or_as_a_mapping(text, expected):
@@ -168,6 +169,8 @@ def test_settings_are_written_as_pairs_or_as_a_mapping(text, expected):
         ("rat=2,step=1", ["has no 'rat', did you mean rate?", "has no 'step', did you mean steps?"]),
         ("rate=fast,cautious=1,steps=1.5", ["rate must be", "cautious must be", "steps must be"]),
         ("rate=true", ["rate must be of type float, got True"]),
+        ("rate=" + "9" * 400, ["rate must be of type float, got 9999"]),
+        ('{"2024-01-01": 1}', ["has no '2024-01-01'"]),
         ("rate", ["'rate' is not name=value"]),
         ("{rate: 2}", ["Expecting property name"]),
         ('{"rate": {"a": 1}}', ["rate must be of type float, got {'a': 1}"]),
@@ -195,14 +198,18 @@ def test_settings_of_a_recipe_may_be_a_mapping_and_decide_the_run_however_they_a
 @pytest.mark.parametrize(
     ("words", "problems"),
     [
-        (["--adam_beta2", "1", "--adam_epsilon", "-1"], ["--adam_epsilon must be", "--adam_beta2 must be at least 0"]),
+        (["--adam_beta2", "1", "--adam_epsilon", "0"], ["--adam_beta2 must be at least 0", "--adam_epsilon must be"]),
         (["--optim_args", "muon_momentum=0.9"], ["--optim_args: muon_momentum is for --optim muon"]),
+        (["--optim_args", "muon_momentum_warmup_steps=9"], ["muon_momentum_warmup_steps is for --optim muon"]),
+        (["--optim", "muon", "--optim_args", "muon_scale=big"], ["muon_scale must be rms or spectral, got big"]),
         (["--optim_args", "head_lr=-1,vector_lr=nan"], ["head_lr must be a finite", "vector_lr must be a finite"]),
         (["--optim", "muon", "--optim_args", "normuon_beta2=1"], ["normuon_beta2 must be at least 0 and below 1"]),
         (["--lr_scheduler_kwargs", "decay_fraction=0.5"], ["is for --lr_scheduler_type warmup_stable_decay"]),
         (["--lr_scheduler_kwargs", "min_lr_rate=2"], ["min_lr_rate must be 0 to 1, got 2.0"]),
         ([*WSD, "num_decay_steps=950"], ["num_decay_steps must be 1 to 900, the steps after the warm-up, got 950"]),
         ([*WSD, "num_decay_steps=10,decay_fraction=0.5"], ["num_decay_steps and decay_fraction say the same"]),
+        ([*WSD, "decay_fraction=0"], ["decay_fraction must be above 0 and at most 1, got 0.0"]),
+        (["--max_train_files", "2"], ["--max_train_files is for a --dataset_name of token files"]),
         ([*WSD, "decay_type=square"], ["decay_type must be linear, cosine, 1-sqrt, got square"]),
     ],
 )

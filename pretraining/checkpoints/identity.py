@@ -2,6 +2,8 @@
 
 from transformers import PreTrainedConfig
 
+from pretraining.cli import format_settings
+
 # What may be changed in the middle of a run, where --allow_changes names it. The rest would make no sense of the
 # weights, the optimizer's state or the position in the data.
 CHANGEABLE = """learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps max_steps weight_decay
@@ -10,6 +12,8 @@ CHANGEABLE = """learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps
 # Entries of the config that decide what the model computes.
 ARCHITECTURE = """vocab_size n_positions n_embd n_layer n_head n_inner activation_function resid_pdrop embd_pdrop
     attn_pdrop layer_norm_epsilon qkv_bias tie_word_embeddings""".split()
+# And the initial weights, which checkpoints of earlier versions do not tell.
+INITIAL = ["initializer_range", "zero_init_residual"]
 
 
 PARTS = ("settings", "config", "data", "binding")  # of an identity, each a dictionary
@@ -29,7 +33,7 @@ def identity(
     """
     return {
         "settings": settings,
-        "config": {name: getattr(config, name) for name in ARCHITECTURE},
+        "config": {name: getattr(config, name) for name in ARCHITECTURE + INITIAL},
         "tokenizer": tokenizer,
         "data": data,
         "binding": binding,
@@ -57,6 +61,8 @@ def differences(
     for part, what in (("settings", "--{}"), ("config", "a model of {}")):
         for key, value in now[part].items():
             old = before.get(part, {}).get(key)
+            if key in INITIAL and key not in before.get(part, {}):
+                continue
             if old != value and key not in allowed:
                 hint = f", or go on all the same with --allow_changes {key}" if key in changeable else ""
                 field = what.format(key)
@@ -88,4 +94,4 @@ def is_same_data(before: dict, now: dict) -> bool:
 
 
 def _shown(value: object) -> str:
-    return "(not given)" if value is None else str(value)
+    return "(not given)" if value in (None, {}) else format_settings(value)

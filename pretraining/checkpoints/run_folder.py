@@ -188,10 +188,11 @@ def resume(
     position = load_checkpoint(accelerator, checkpoint, model, optimizer)
     accelerator.print(f"continuing from {checkpoint}")
     if accelerator.is_main_process:
-        for name in (METRICS, EVENTS):  # of a branch: what its plots and its card tell of the steps before it
-            if (checkpoint.parent / name).is_file() and not (output_dir / name).exists():
-                shutil.copyfile(checkpoint.parent / name, output_dir / name)
         write_arguments(output_dir, arguments, identity)
+        for name in (METRICS, EVENTS):  # of a branch: what its plots and its card tell of the steps before it
+            earlier = checkpoint.resolve().parent / name
+            if earlier.is_file() and not (output_dir / name).exists():
+                write_text(output_dir / name, earlier.read_text(encoding="utf-8"))
         for folder in set_aside_later(output_dir, position.step):
             print(f"set aside, as this run goes on from an earlier step: {folder}")
     return position

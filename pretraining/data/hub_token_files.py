@@ -7,6 +7,7 @@ Hub, so all rows can be numbered before any training file is there.
 """
 
 import contextlib
+import errno
 import functools
 import hashlib
 import threading
@@ -17,16 +18,16 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.hf_api import RepoFile
 from transformers import PreTrainedTokenizerBase
 
-from pretraining.data.data_folder import DataFolder
+from pretraining.data.data_folder import DATASET_FILE, DataFolder
 from pretraining.data.token_files import count, open_token_file, open_tokens, split_of, token_dataset
 from pretraining.errors import UserError, one_line
 from pretraining.files import sha256_of
+from pretraining.text.documents import RETRY_SECONDS
 from pretraining.tokenization.byte_level_bpe import bytes_of_tokens
-
-TRIES = 6  # of a download, with pauses of 1, 2, 4, 8 and 16 seconds
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def download(file: HubTokenFile) -> Path:
         UserError: if the Hub cannot be reached, or what comes from it is not the file.
     """
     is_forced = False  # a file in the cache that is damaged is downloaded once more
-    for attempt in range(TRIES):
+    for pause in (*RETRY_SECONDS, None):
         try:
             path = Path(
                 hf_hub_download(
@@ -74,10 +75,17 @@ def download(file: HubTokenFile) -> Path:
                 raise OSError("its size or checksum is not the one that the Hub tells")
             is_forced = True
         except Exception as error:  # connections that break, a full disk: of several libraries
-            if attempt == TRIES - 1:
+            if pause is None or not _may_pass(error):
                 raise UserError(f"{file.repo_id}: {file.name} cannot be downloaded: {one_line(error)}") from None
-            time.sleep(2**attempt)
+            time.sleep(pause)
     raise AssertionError
+
+
+def _may_pass(error: Exception) -> bool:
+    """Return True for an error that may be gone in a minute: no refusal, and no full disk."""
+    if isinstance(error, HfHubHTTPError) and error.response is not None:
+        return error.response.status_code >= 500 or error.response.status_code in (408, 429)
+    return not (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES))
 
 
 class HubRows:
@@ -133,14 +141,17 @@ def _try_to_download(file: HubTokenFile) -> None:
 
 def list_token_files(repo_id: str, revision: str | None) -> dict[str, list[HubTokenFile]]:
     """
-    Return the token files of a dataset on the Hub by split, in the order of their names; none if it has other files.
+    Return the token files in the main folder of a dataset on the Hub by split, in the order of their names; none if it
+    has other files, or is a packed dataset.
 
     Raises:
         Exception: of huggingface_hub, if there is no such dataset, or the Hub cannot be reached.
     """
     commit = HfApi().dataset_info(repo_id, revision=revision).sha
     found: dict[str, list[HubTokenFile]] = {"train": [], "validation": []}
-    for entry in HfApi().list_repo_tree(repo_id, repo_type="dataset", revision=commit, recursive=True):
+    for entry in HfApi().list_repo_tree(repo_id, repo_type="dataset", revision=commit):
+        if entry.path == DATASET_FILE:
+            return {split: [] for split in found}
         split = split_of(PurePosixPath(entry.path))
         if isinstance(entry, RepoFile) and split:
             sha256 = entry.lfs.sha256 if entry.lfs else None

@@ -137,7 +137,8 @@ def open_token_file(path: Path, block_size: int, overlap: bool = False) -> np.nd
     """
     tokens = open_tokens(path)
     if len(tokens) < block_size + overlap:
-        raise UserError(f"{path} has {len(tokens)} tokens, less than one row of --block_size {block_size}")
+        row = f"one row of --block_size {block_size}" + (" and the token that follows it" if overlap else "")
+        raise UserError(f"{path} has {len(tokens)} tokens, less than {row}")
     if overlap:
         return np.lib.stride_tricks.sliding_window_view(tokens, block_size + 1)[::block_size]
     return full_rows(tokens, block_size)[0]

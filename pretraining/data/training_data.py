@@ -237,6 +237,8 @@ def _find_token_files(source: Source) -> dict[str, list[HubTokenFile]] | None:
     files = list_token_files(str(source.dataset_name), source.dataset_revision)
     if not any(files.values()):
         return None
+    if source.dataset_config_name:
+        raise UserError(f"{source.dataset_name} holds token files, which have no --dataset_config_name: leave it out")
     return {**files, "train": files["train"][: source.max_train_files]}
 
 

@@ -65,7 +65,7 @@ class OptimOptions:
                 found.append(f"--optim_args: {name} must be at least 0 and below 1, got {getattr(self, name)}")
         if self.muon_scale not in get_args(MuonScale):
             found.append(f"--optim_args: muon_scale must be {' or '.join(get_args(MuonScale))}, got {self.muon_scale}")
-        for name in ("muon_momentum", "muon_momentum_start", "muon_scale", "normuon_beta2", "cautious_weight_decay"):
+        for name in (*(key for key in vars(self) if "muon" in key), "cautious_weight_decay"):
             if optim != "muon" and getattr(self, name) != getattr(default, name):
                 found.append(f"--optim_args: {name} is for --optim muon")
         return found
@@ -97,9 +97,11 @@ class SchedulerOptions:
             value = getattr(self, name)
             if value != getattr(default, name) and schedule != lr_scheduler_type:
                 found.append(f"{flag}: {name} is for --lr_scheduler_type {schedule}")
-        for name in ("min_lr_rate", "min_lr_ratio", "decay_fraction"):
+        for name in ("min_lr_rate", "min_lr_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 found.append(f"{flag}: {name} must be 0 to 1, got {getattr(self, name)}")
+        if not 0 < self.decay_fraction <= 1:
+            found.append(f"{flag}: decay_fraction must be above 0 and at most 1, got {self.decay_fraction}")
         steps = self.num_decay_steps
         if steps is not None and not 0 < steps <= max_steps - warmup_steps:
             found.append(

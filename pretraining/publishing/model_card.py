@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig
 
 from pretraining import hardware
 from pretraining.checkpoints.state import Position
+from pretraining.cli import format_settings
 from pretraining.data.training_data import TrainingData
 from pretraining.errors import counted
 from pretraining.evaluation.hellaswag_items import HELLASWAG
@@ -133,14 +134,9 @@ def _training_table(record: RunRecord, settings: dict) -> str:
         ("hardware", record.hardware),
         ("time", duration(record.hours)),
         ("precision", "fp32" if record.mixed_precision == "no" else f"{record.mixed_precision} autocast"),
-        *((f"`{key}`", _setting(value)) for key, value in settings.items() if value not in (None, {})),
+        *((f"`{key}`", format_settings(value)) for key, value in settings.items() if value not in (None, {})),
     ]
     return table(("", "value"), rows)
-
-
-def _setting(value: object) -> object:
-    """Return a setting as it is written on a command line."""
-    return ",".join(f"{key}={each}" for key, each in value.items()) if isinstance(value, dict) else value
 
 
 def title_of(name: str) -> str:

@@ -1,6 +1,7 @@
 """Published validation losses of GPT-2, to see one's own beside: of finished models, and of a 124M as it learns."""
 
 import math
+import re
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
@@ -158,7 +159,10 @@ def _text_of(source_names: list[str], tokenizer: PreTrainedTokenizerBase) -> str
     """Return which of the published texts a run's only source is, as its name tells, "" if it is none."""
     if len(source_names) != 1 or tokenizer_fingerprint(tokenizer) != GPT2_TOKENIZER:
         return ""
-    name = source_names[0].lower()
-    if "fineweb" in name:  # HuggingFaceFW/fineweb-edu, edufineweb_train_000001.npy, kjj0/fineweb10B-gpt2
-        return "fineweb-edu" if "edu" in name else "fineweb"
+    name = source_names[0].lower().rsplit("/", 1)[-1]
+    # HuggingFaceFW/fineweb-edu, edufineweb_train_000001.npy; fineweb-edu-score-2 is another selection
+    if re.search(r"edu_?fineweb|fineweb-edu(?!-score)", name):
+        return "fineweb-edu"
+    if re.search(r"fineweb(?![-_]?(2|edu))", name):  # kjj0/fineweb10B-gpt2; fineweb-2 is in other languages
+        return "fineweb"
     return "openwebtext" if "openwebtext" in name else ""

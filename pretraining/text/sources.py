@@ -77,7 +77,7 @@ class Source(TextSource):
             if field.name not in ("weight", "max_train_files") and not isinstance(value, str | None):
                 found.append(f"{field.name} of a source must be a text, got {value}")
         files = self.max_train_files
-        if files is not None and (not isinstance(files, int) or files < 1):
+        if files is not None and (type(files) is not int or files < 1):
             found.append(f"--max_train_files must be at least 1, got {files}")
         if files is not None and (streaming or not self.dataset_name):
             found.append("--max_train_files is for a --dataset_name of token files, without --streaming")

@@ -18,7 +18,7 @@ from pretraining.text.sources import Source, TextFlags, parse_mixture
 AT_LEAST_ONE = """block_size per_device_train_batch_size gradient_accumulation_steps tokens_per_step max_steps
     logging_steps eval_steps eval_iters hellaswag_steps sample_steps save_steps save_total_limit
     max_nonfinite_steps ddp_timeout"""
-NOT_NEGATIVE = "learning_rate weight_decay max_grad_norm warmup_steps seed dataloader_num_workers adam_epsilon"
+NOT_NEGATIVE = "learning_rate weight_decay max_grad_norm warmup_steps seed dataloader_num_workers"
 # Flags that do not decide the result, or whose effect a checkpoint has a record of: the data's fingerprint, the config
 # and the size of the global batch, however it is split.
 NEUTRAL = """output_dir data_dir dataset_name dataset_config_name dataset_revision max_train_files
@@ -170,6 +170,8 @@ class TrainArguments(HubFlags, RunFlags, EvaluationFlags, OptimizationFlags, Mod
         for name in ("adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 found.append(f"--{name} must be at least 0 and below 1, got {getattr(self, name)}")
+        if not 0 < self.adam_epsilon < math.inf:
+            found.append(f"--adam_epsilon must be a finite number above 0, got {self.adam_epsilon}")
         found += self.problems_of_options()
         if self.warmup_steps > self.max_steps:
             found.append(f"--warmup_steps {self.warmup_steps} is more than --max_steps {self.max_steps}")
@@ -213,6 +215,8 @@ class TrainArguments(HubFlags, RunFlags, EvaluationFlags, OptimizationFlags, Mod
 
     def problems_of_sources(self) -> list[str]:
         found = []
+        if self.mixture and self.max_train_files:
+            found.append("--mixture names all sources: max_train_files belongs into an entry of it")
         if self.mixture and (self.data_dir or self.dataset_name or self.train_file):
             found.append("--mixture names all sources: leave --data_dir, --dataset_name and --train_file out")
         try:

@@ -18,6 +18,7 @@ from pretraining.data.row_order import StepSplit, accumulation_steps
 from pretraining.data.training_data import TrainingData, open_packed
 from pretraining.distributed.launcher import told_precision
 from pretraining.distributed.processes import on_every_process, on_main_process, open_accelerator
+from pretraining.errors import UserError
 from pretraining.evaluation.hellaswag_items import EncodedItem, encode_items, load_hub_items, load_items
 from pretraining.evaluation.hellaswag_scoring import load_metric
 from pretraining.evaluation.samples import encode_prompts
@@ -82,6 +83,11 @@ def open_setup(args: TrainArguments, state: PartialState) -> Setup:
         args.model_name_or_path, args.config_name, args.config_overrides, vocab_size, tokenizer.eos_token_id
     )
     check_fit(config, vocab_size, data.block_size)
+    if config.tie_word_embeddings and args.optim_options().head_lr != 1:
+        raise UserError(
+            "--optim_args: head_lr is for an output head of its own, as --config_overrides tie_word_embeddings=false "
+            "makes it; a tied one has embedding_lr"
+        )
     if args.model_name_or_path:
         check_tokenizer(args.model_name_or_path, tokenizer)
     encode_prompts(tokenizer, args.sample_prompts, config.n_positions)  # now, not after the last step

@@ -126,6 +126,8 @@ def stopped(stopped_run, tmp_path) -> Path:
             ("--config_overrides", TINY + ",attn_pdrop=0.1,resid_pdrop=0.1"),
             "a model of embd_pdrop 0.1, not 0.0: choose",
         ),
+        (("--config_overrides", DROPOUT + ",initializer_range=0.06"), "a model of initializer_range 0.02, not 0.06"),
+        (("--optim_args", "vector_lr=2"), "--optim_args (not given), not vector_lr=2.0: choose another --output_dir"),
         (("--gradient_accumulation_steps", 3), "256 tokens per step, not 384: --tokens_per_step 256 keeps it"),
         (("--data_dir", "other"), "other data: on documents.jsonl (revision "),
         (("--data_dir", "other"), "another tokenizer: of the fingerprint "),

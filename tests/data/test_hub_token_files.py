@@ -8,7 +8,7 @@ from itertools import chain
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, make_documents, metrics, succeed
+from conftest import REPOSITORY, TINY, make_documents, metrics, succeed
 from safetensors.torch import load_file
 from support.faults import ACCUMULATION, signal_in
 from support.hub_server import Hub
@@ -182,3 +182,22 @@ def test_files_that_cannot_be_trained_on_are_named(damage, message, num_workers,
         # Nothing was lost, so the same command goes on when the files are right.
         hub.add("us/tokens", token_files)
         succeed(train(flags, hub, tmp_path / "home", *more))
+
+
+LIST = """
+from pretraining.data.hub_token_files import list_token_files
+for name in ("us/both", "us/packed"):
+    print({split: [file.name for file in files] for split, files in list_token_files(name, None).items()})
+"""
+
+
+def test_only_the_main_folder_is_read_and_a_packed_dataset_is_none_of_token_files(token_files, tmp_path):
+    inside = {f"other/{name}": content for name, content in token_files.items()}
+    (tmp_path / "program.py").write_text(LIST)
+    with Hub() as hub:
+        hub.add("us/both", token_files | inside)
+        hub.add("us/packed", {"dataset.json": b"{}", "evaluation_scores.npy": b"0"})
+        environment = {**hub.environment(tmp_path / "home"), "PYTHONPATH": str(REPOSITORY)}
+        both, packed = succeed(start(tmp_path / "program.py", **environment).wait()).stdout.splitlines()
+    assert both == str({"train": NAMES, "validation": [VALIDATION]})
+    assert packed == str({"train": [], "validation": []})

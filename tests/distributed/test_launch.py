@@ -52,4 +52,4 @@ RECIPES = [path for path in (REPOSITORY / "configs").glob("*.yaml") if "\ndistri
 def test_every_recipe_is_a_valid_command_line(recipe):
     arguments = parse_arguments(TrainArguments, "", ["--config", str(recipe)])
     assert arguments.problems() == []
-    assert arguments.output_dir and arguments.data_dir
+    assert arguments.output_dir and (arguments.data_dir or arguments.dataset_name)

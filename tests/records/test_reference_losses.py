@@ -29,6 +29,9 @@ def tokenizer(monkeypatch):
         ("kjj0/fineweb10B-gpt2", "fineweb"),
         ("Skylion007/openwebtext", "openwebtext"),
         ("roneneldan/TinyStories", None),
+        ("HuggingFaceFW/fineweb-2", None),
+        ("HuggingFaceFW/fineweb-edu-score-2", None),
+        ("educators/fineweb10B", "fineweb"),
     ],
 )
 def test_a_text_has_its_own_figures_and_no_others(name, text, tokenizer):

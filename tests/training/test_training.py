@@ -472,6 +472,7 @@ def test_an_earlier_checkpoint_begins_a_branch_of_its_own(finished_run, tmp_path
         (["--hellaswag_file", "{tmp}/recipe.yaml"], ["--hellaswag_file is for --hellaswag_steps: give both"]),
         (["--hellaswag_steps", "1", "--hellaswag_file", "{tmp}/recipe.yaml"], ["line 1: not valid JSON"]),
         (["--lr_scheduler_type", "constant", "--warmup_steps", "1"], ["constant has no warm-up"]),
+        (["--optim_args", "head_lr=2"], ["head_lr is for an output head of its own, as --config_overrides tie_word_"]),
     ],
 )
 def test_bad_input_is_named_in_one_line_each_and_writes_nothing(arguments, messages, data_dir, tmp_path, refuse):
