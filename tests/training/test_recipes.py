@@ -15,7 +15,7 @@ from pretraining.optimization.optimizer import build_optimizer
 from pretraining.optimization.options import OptimOptions
 from pretraining.tokenization.tokenizer import train_tokenizer
 
-LAYERS = 1  # of 12, with which this takes minutes, and passes too
+LAYERS = 1  # of 12, with which this takes two minutes, and passes too
 STEPS, ROWS, BLOCK = 3, 2, 32
 
 
