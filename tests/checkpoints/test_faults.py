@@ -353,7 +353,7 @@ def fail() -> None:
     ids=["dies", "fails", "first-stalls", "second-stalls"],
 )
 def test_a_process_that_dies_or_stalls_is_named_by_the_others(num_processes, victim, action, data_dir, tmp_path):
-    arguments = flags(data_dir, tmp_path / "run", "--max_steps", 100_000, "--ddp_timeout", 5)
+    arguments = flags(data_dir, tmp_path / "run", "--max_steps", 100_000, "--ddp_timeout", 8)
     fault = functools.partial(on_call, Accelerator.accumulate, 10, action)
     processes = start_ranks(num_processes, "train_accelerate.py", *arguments, faults={victim: fault})
     others = [process for rank, process in enumerate(processes) if rank != victim]
