@@ -126,7 +126,7 @@ class BenchmarkArguments:
 @dataclass(frozen=True)
 class Result:
     """
-    What a rung came to.
+    The result of a rung.
 
     Attributes:
         losses: final validation losses of all seeds, by steps.

@@ -39,18 +39,25 @@ class HubTokenFile:
         name: its path in the repository.
         revision: the commit.
         size: in bytes.
-        sha256: None for a file that the Hub holds in Git itself.
+        blob_id: its id in Git, of its content where the Hub holds it in Git itself.
+        sha256: None for such a file.
     """
 
     repo_id: str
     revision: str
     name: str
     size: int
+    blob_id: str
     sha256: str | None
 
     def is_at(self, path: Path) -> bool:
         """Read the file at a path, and return True if it is this one."""
-        return path.stat().st_size == self.size and self.sha256 in (None, sha256_of(path))
+        if path.stat().st_size != self.size:
+            return False
+        if self.sha256:
+            return sha256_of(path) == self.sha256
+        content = path.read_bytes()  # Git keeps small files alone
+        return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() == self.blob_id
 
 
 @functools.cache
@@ -155,7 +162,7 @@ def list_token_files(repo_id: str, revision: str | None) -> dict[str, list[HubTo
         split = split_of(PurePosixPath(entry.path))
         if isinstance(entry, RepoFile) and split:
             sha256 = entry.lfs.sha256 if entry.lfs else None
-            found[split].append(HubTokenFile(repo_id, str(commit), entry.path, entry.size, sha256))
+            found[split].append(HubTokenFile(repo_id, str(commit), entry.path, entry.size, entry.blob_id, sha256))
     return {split: sorted(files, key=lambda file: file.name) for split, files in found.items()}
 
 
@@ -189,7 +196,9 @@ def open_hub_token_files(
             raise UserError(f"{repo_id}: {file.name} is less than one row of --block_size {block_size}")
         parts.append(HubRows(file, num_rows, block_size, following, len(sizes)))
 
-    listing = "".join(f"{file.name} {file.size} {file.sha256} {block_size}\n" for file in files["train"])
+    listing = "".join(
+        f"{file.name} {file.size} {file.sha256 or file.blob_id} {block_size}\n" for file in files["train"]
+    )
     return DataFolder(
         name=repo_id,
         revision=revision,

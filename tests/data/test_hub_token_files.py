@@ -201,3 +201,15 @@ def test_only_the_main_folder_is_read_and_a_packed_dataset_is_none_of_token_file
         both, packed = succeed(start(tmp_path / "program.py", **environment).wait()).stdout.splitlines()
     assert both == str({"train": NAMES, "validation": [VALIDATION]})
     assert packed == str({"train": [], "validation": []})
+
+
+def test_a_file_that_is_damaged_in_the_cache_is_downloaded_once_more(hub, flags, tmp_path):
+    for number in (1, 2):
+        arguments = ("--max_steps", 2, "--output_dir", tmp_path / f"run-{number}")
+        succeed(train(flags, hub, tmp_path / "home", *arguments))
+        (cached,) = (tmp_path / "home").rglob(NAMES[0])
+        content = bytearray(cached.read_bytes())
+        assert bytes(content) == hub.files("us/tokens")[NAMES[0]]
+        content[1024:] = bytes(len(content) - 1024)
+        cached.resolve().write_bytes(content)
+    assert losses(tmp_path / "run-1") == losses(tmp_path / "run-2")
