@@ -12,6 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 from pretraining.cli import flag
 from pretraining.errors import UserError, one_line
 
+RETRY_SECONDS = (1, 2, 4, 8, 15, 30, 60, 60, 60, 60)  # between tries: five minutes, for a Hub that is restarted
 LICENSE = "mit"  # of the weights, unless --license says otherwise
 
 

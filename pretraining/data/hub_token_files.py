@@ -26,7 +26,7 @@ from pretraining.data.data_folder import DATASET_FILE, DataFolder
 from pretraining.data.token_files import count, open_token_file, open_tokens, split_of, token_dataset
 from pretraining.errors import UserError, one_line
 from pretraining.files import sha256_of
-from pretraining.text.documents import RETRY_SECONDS
+from pretraining.hub import RETRY_SECONDS
 from pretraining.tokenization.byte_level_bpe import bytes_of_tokens
 
 

@@ -20,6 +20,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
 from pretraining.errors import UserError, one_line
+from pretraining.hub import RETRY_SECONDS
 from pretraining.text.sources import TextSource
 from pretraining.text.text_files import check_kinds, digest_of_files, read_files, read_text_column, rows_of_parquet
 
@@ -29,7 +30,6 @@ logging.getLogger("datasets").setLevel(logging.CRITICAL)
 logger = logging.getLogger(__name__)
 
 ROWS_PER_READ = 64
-RETRY_SECONDS = (1, 2, 4, 8, 15, 30, 60, 60, 60, 60)  # five minutes: a Hub that is restarted
 
 
 @dataclass
