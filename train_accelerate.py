@@ -183,6 +183,8 @@ class Training:
                     reports.evaluation()
                 if self.setup.hellaswag and self.due(args.hellaswag_steps):
                     reports.hellaswag()
+                if self.setup.tasks and self.due(args.eval_tasks_steps):
+                    reports.tasks()
                 if self.due(args.sample_steps):
                     reports.sample()
                 is_between = first_step < progress.step < args.max_steps  # the others are saved, or become the model
@@ -309,13 +311,17 @@ def build_and_train(
     stream = position.streams[0] if position and is_same_data(position.identity, setup.identity) else None
     batches = data.batches(setup.split, args.seed, progress.step, stream)
     evaluation_pending = position is not None and position.is_due
-    card = RunCard(args, accelerator, data, setup.config, sum(num_parameters), setup.tokens_per_step, repo_id)
+    card = RunCard(
+        args, accelerator, data, setup.config, sum(num_parameters), setup.tokens_per_step, repo_id, setup.task_sources
+    )
     with RunLog(
         accelerator, output_dir, progress.step, args.max_steps, args.trackers(), asdict(args), evaluation_pending
     ) as log:
         publisher = None
         if repo_id and args.hub_strategy == "checkpoint":
-            publisher = CheckpointPublisher(output_dir, repo_id, args.hub_private_repo, card.write, log.write)
+            publisher = CheckpointPublisher(
+                output_dir, repo_id, args.hub_private_repo, card.write_checkpoint, log.write
+            )
         write_extras = partial(write_tokenizer, data.tokenizer, setup.config.n_positions)
         writer = CheckpointWriter(
             accelerator, output_dir, model, optimizer, args.save_total_limit, write_extras, publisher
@@ -328,8 +334,10 @@ def build_and_train(
         with out_of_memory_explained(args, setup.split, progress), writer:
             is_stopped = training.train(evaluation_pending)
     if not is_stopped:
-        final_card = partial(card.at, progress.step, progress.elapsed_seconds, reports.samples)
-        write_final_model(accelerator, model, data, final_card, output_dir)
+        write_card = partial(
+            card.write, step=progress.step, elapsed_seconds=progress.elapsed_seconds, samples=reports.samples
+        )
+        write_final_model(accelerator, model, data, write_card, output_dir)
         if repo_id and accelerator.is_main_process:
             signals.end_at_once(BEFORE_PUBLISHING)
             if publisher:

@@ -61,7 +61,7 @@ def main() -> None:
     torch.manual_seed(0)
     model = GPT2ScratchForCausalLM(GPT2ScratchConfig.from_preset(args.config_name)).to(device).eval()
     tokenizer = load_tokenizer(args.tokenizer_name)
-    items = load_items(args.data_file) if args.data_file else load_hub_items()
+    items = load_items(args.data_file) if args.data_file else load_hub_items()[0]
     items = items[:: max(1, len(items) // args.limit)][: args.limit]
     batch_size, mixed_precision = args.per_device_eval_batch_size, side_by_side.precision(args.mixed_precision)
     with_harness = find_spec("lm_eval") is not None

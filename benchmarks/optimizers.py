@@ -72,12 +72,13 @@ def muon(title: str, learning_rate: float = 2.4e-2, **flags: Any) -> Rung:
 # Of settings that help together; `RUNGS` has each of them without the others.
 BEST = {"warmup": 0.03, "adam_beta1": 0.8, "adam_beta2": 0.99, "optim_args": "embedding_lr=3,muon_scale=spectral"}
 WIDE = {"config_overrides": "initializer_range=0.06"}
+UNTIED = {"config_overrides": "tie_word_embeddings=false"}
+TUNED = {"warmup": 0.5, "adam_beta1": 0.8, "adam_beta2": 0.99, "optim_args": "embedding_lr=3"}
 RUNGS = {
     "adamw": adamw("AdamW"),
-    "adamw_tuned": adamw("AdamW, tuned", warmup=0.5, adam_beta2=0.99, optim_args="embedding_lr=3"),
-    "adamw_tuned_wide": adamw(
-        "AdamW, tuned, wide init", warmup=0.5, adam_beta2=0.99, optim_args="embedding_lr=3", **WIDE
-    ),
+    "adamw_tuned": adamw("AdamW, tuned", **TUNED),
+    "adamw_tuned_wide": adamw("AdamW, tuned, wide init", **TUNED, **WIDE),
+    "adamw_untied": adamw("AdamW, tuned, head of its own", **{**TUNED, "optim_args": "embedding_lr=30"}, **UNTIED),
     "muon": muon("Muon"),
     "warmup": muon("shorter warm-up", warmup=0.03),
     "beta2": muon("beta2 of 0.99", adam_beta2=0.99),
@@ -86,7 +87,7 @@ RUNGS = {
     "normuon": muon("NorMuon", optim_args="normuon_beta2=0.95"),
     "cautious": muon("cautious decay", optim_args="cautious_weight_decay=true"),
     "zero_init": muon("residual projections of zeros", config_overrides="zero_init_residual=true"),
-    "untied": muon("head of its own", config_overrides="tie_word_embeddings=false"),
+    "untied": muon("head of its own", **UNTIED),
     "stable": muon(
         "stable, then a decay over 60%",
         lr_scheduler_type="warmup_stable_decay",
@@ -94,6 +95,11 @@ RUNGS = {
         warmup=0.1,
     ),
     "best": muon("the best together", **BEST),
+    "best_untied": muon(
+        "the best together, head of its own",
+        **{**BEST, "optim_args": "embedding_lr=10,muon_scale=spectral"},
+        **UNTIED,
+    ),
     "best_wide": muon("the best together, wide init", **BEST, **WIDE),
 }
 

@@ -55,13 +55,13 @@ from pretraining.cli import parse_arguments
 from pretraining.data.data_folder import open_data_folder
 from pretraining.data.token_files import open_borrowed_folder
 from pretraining.errors import UserError
-from pretraining.evaluation.hellaswag_items import encode_items, load_items
+from pretraining.evaluation.hellaswag_items import encode_items, hellaswag_source, load_items
 from pretraining.files import sha256_of
 from pretraining.optimization.optimizer import build_optimizer
 from pretraining.publishing.card_edits import converted_card, renamed_card, update_model_card
-from pretraining.publishing.model_card import hellaswag_results
 from pretraining.publishing.push import published, read_card
 from pretraining.records.metrics import read_metrics, truncate
+from pretraining.records.task_results import task_results
 from pretraining.text.documents import local_corpus
 from pretraining.tokenization.byte_level_bpe import bytes_of_tokens
 from pretraining.tokenization.encoding import Encoder
@@ -468,15 +468,8 @@ def read_cards(folder: Path) -> None:
     text = read_card(folder)
     renamed_card(text, "us/other", "apache-2.0")
     converted_card(text, folder / "out", "gguf", GPT2ScratchConfig(), "f32", None)
-    summary = {
-        "protocol": "completion",
-        "n": 5,
-        "acc": 0.2,
-        "acc_stderr": 0.1,
-        "acc_norm": 0.3,
-        "acc_norm_stderr": 0.1,
-    }
-    update_model_card(str(folder), hellaswag_results(summary, "x", None))
+    source = hellaswag_source("us/items", None, 5, "completion", is_whole=True)
+    update_model_card(str(folder), task_results([source], {"hellaswag_acc": 0.2, "hellaswag_acc_stderr": 0.1}))
     ModelCard.load(folder / "README.md")
 
 

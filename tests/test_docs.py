@@ -22,6 +22,7 @@ from accelerate.commands.launch import launch_command_parser
 from conftest import REPOSITORY, make_documents, run, script, succeed
 from support.generated_items import generated_records, write_items
 from support.hub_server import Hub
+from support.local_tasks import write_tasks
 from support.processes import run_ranks
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -31,7 +32,7 @@ from pretraining.training.flags import TrainArguments
 
 DOCUMENTS = make_documents(300, seed=5)
 REQUIREMENTS = ["requirements.txt", "requirements-dev.txt"]
-SCRIPTS = ["train_accelerate.py", "prepare_data.py", "eval_hellaswag.py", "publish_model.py"]
+SCRIPTS = ["train_accelerate.py", "prepare_data.py", "eval_hellaswag.py", "eval_harness.py", "publish_model.py"]
 # In this order: the first of them makes data/demo and runs/demo, which the others use.
 PAGES = ["configs/demo.yaml", "README.md", "CONTRIBUTING.md"]
 PAGES += sorted(str(path.relative_to(REPOSITORY)) for path in REPOSITORY.glob("docs/*.md"))
@@ -43,6 +44,7 @@ SMALLER = {
     "train_accelerate.py": """--block_size 32 --per_device_train_batch_size 2 --max_steps 2 --warmup_steps 0
         --tokens_per_step 128 --eval_iters 1 --torch_compile False --dataloader_num_workers 0 --report_to none""",
     "eval_hellaswag.py": "",
+    "eval_harness.py": "--tasks tasks/four.yaml --limit 2",
     "publish_model.py": "",
 }
 SMALL_MODEL = "n_layer=1,n_embd=32,n_head=2,n_positions=128"
@@ -67,6 +69,8 @@ def world(tmp_path_factory):
     for number, text in enumerate(DOCUMENTS):
         (folder / f"texts/{number}.txt").write_text(text)
         (folder / f"library/{number}.py").write_text(text)
+    (folder / "tasks").mkdir()
+    write_tasks(folder / "tasks")
     write_items(folder / "hellaswag_val.jsonl", generated_records(4))
     ids = np.random.default_rng(0).integers(0, 320, 4000).astype(np.uint16)
     for name in ("train_000001", "val_000000"):

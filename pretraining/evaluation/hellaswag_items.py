@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from pretraining.errors import UserError, one_line
 from pretraining.evaluation.loglikelihood import Continuation
+from pretraining.records.task_results import TaskSource, commit_of
 
 Protocol = Literal["completion", "lm_eval"]
 
@@ -38,16 +39,37 @@ def load_items(path: str | Path, limit: int | None = None) -> list[dict]:
     return check_items(str(path), itertools.islice(records, limit))
 
 
-def load_hub_items(name: str = HELLASWAG, limit: int | None = None) -> list[dict]:
-    """Those of a dataset on the Hub."""
+def load_hub_items(name: str = HELLASWAG, limit: int | None = None) -> tuple[list[dict], str | None]:
+    """Return those of a dataset on the Hub, and its commit."""
     from datasets import load_dataset  # only here: items in a file need no datasets library
 
     try:
         dataset = load_dataset(name, split=HUB_SPLIT)
     except Exception as error:  # datasets has many kinds
-        raise UserError(f"the dataset {name} cannot be loaded: {one_line(error)}") from None
+        raise UserError(
+            f"the dataset {name} cannot be loaded: {one_line(error)} (items from elsewhere: --data_file; other tasks "
+            "that tell small models apart: eval_harness.py --tasks lambada_openai piqa arc_easy)"
+        ) from None
     records = ((f"{name} item {index}", record) for index, record in enumerate(dataset))
-    return check_items(name, itertools.islice(records, limit))
+    return check_items(name, itertools.islice(records, limit)), commit_of(dataset)
+
+
+def hellaswag_source(
+    dataset: str, revision: str | None, num_items: int, protocol: Protocol, is_whole: bool
+) -> TaskSource:
+    """Describe items for the results on them. Args: see `TaskSource`."""
+    return TaskSource(
+        task="hellaswag",
+        title="HellaSwag" if dataset == HELLASWAG else dataset,
+        dataset=dataset,
+        config=None,
+        split=HUB_SPLIT if "/" in dataset else None,
+        revision=revision,
+        num_items=num_items,
+        is_whole=is_whole,
+        setting=f"{protocol} protocol",
+        details={"protocol": protocol},
+    )
 
 
 def check_items(source: str, records: Iterable[tuple[str, str | dict]]) -> list[dict]:

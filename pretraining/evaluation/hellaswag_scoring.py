@@ -4,8 +4,6 @@ import functools
 import math
 import sys
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +14,7 @@ from transformers import PreTrainedModel
 
 from pretraining.errors import ProcessError, UserError, one_line
 from pretraining.evaluation.hellaswag_items import EncodedItem, Protocol
-from pretraining.evaluation.loglikelihood import loglikelihoods, takes_trees, token_tree
+from pretraining.evaluation.loglikelihood import evaluating, score_continuations, takes_trees, token_tree
 
 if TYPE_CHECKING:
     from evaluate import EvaluationModule
@@ -86,25 +84,16 @@ def score_items(
     with evaluating(model), bar:
         for start in range(0, len(items), batch_size):
             batch = order[start : start + batch_size]
-            sums = loglikelihoods(model, [items[index].endings for index in batch], as_trees)
-            for index, of_item in zip(batch, sums, strict=True):
-                scores[index] = score = to_score(items[index], of_item)
+            endings = [items[index].endings for index in batch]
+            groups = endings if as_trees else [[ending] for four in endings for ending in four]
+            sums = [score.loglikelihood for group in score_continuations(model, groups) for score in group]
+            for position, index in enumerate(batch):
+                scores[index] = score = to_score(items[index], sums[4 * position : 4 * position + 4])
                 hits["acc"] += score["pred"] == score["label"]
                 hits["acc_norm"] += score["pred_norm"] == score["label"]
             bar.set_postfix({name: f"{count / len(scores):.4f}" for name, count in hits.items()}, refresh=False)
             bar.update(len(batch))
     return [scores[index] for index in range(len(items))]
-
-
-@contextmanager
-def evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Without dropout; afterwards the model is as it was."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 def summarise(items: list[EncodedItem], scores: list[dict], protocol: Protocol) -> dict:

@@ -1,14 +1,15 @@
 """
-The log-likelihood of continuations, such as the endings of a multiple-choice item, that go on from one context.
+Score continuations by their log-likelihood, such as the endings of a multiple-choice item, which share a context.
 
-They are given to the model as a tree: what several of them begin with is there once, and each token sees those on its
-way from the root alone. An item of HellaSwag is then half as many tokens as its four endings each behind the context.
+The model is given trees of tokens: a beginning that several sequences share is computed once, and each token attends
+to those on its path from the root. An item of HellaSwag is then half as many tokens as its four endings, each behind
+the context.
 """
 
 import inspect
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -18,11 +19,14 @@ from transformers.utils.generic import is_flash_attention_requested
 
 from modeling_gpt2scratch.one_dnn import fastest_linear
 
+CHECKED = 8  # continuations of a tree: the last ones are furthest from where they would be in plain text
 ROWS_OF_LOGITS = 64  # normalised at once: a few megabytes, which stay in a CPU's cache
 
 
 class Continuation(NamedTuple):
     """
+    A sequence of tokens whose end is scored.
+
     Attributes:
         token_ids: context and continuation. The last token is only predicted, never given to the model.
         num_scored: the last so many tokens are the continuation, 1 to len(token_ids) - 1.
@@ -32,57 +36,84 @@ class Continuation(NamedTuple):
     num_scored: int
 
 
-class TokenTree:
+class Score(NamedTuple):
     """
-    Sequences of tokens, of which the nodes are the beginnings: each is there once.
+    The score of a continuation.
 
     Attributes:
-        token_ids, depths, members: for each node its token, how many nodes are above it, which is its position in all
-            of its sequences, and those sequences, a bit each.
+        loglikelihood: the sum over its tokens, in nats.
+        is_greedy: each of its tokens is the most probable one.
+    """
+
+    loglikelihood: float
+    is_greedy: bool
+
+
+class TokenTree:
+    """
+    The beginnings of several sequences, each beginning once.
+
+    The nodes are in depth-first order, so that those below a node follow it directly: node k is on the path to node q
+    if k <= q < ends[k].
+
+    Attributes:
+        token_ids, depths, ends: for each node its token, its position in the sequences it is in, and the first node
+            that is not below it.
         paths: for each sequence, the nodes of its tokens.
     """
 
-    def __init__(self, sequences: list[list[int]]):
+    def __init__(self, sequences: Sequence[list[int]]):
         self.token_ids: list[int] = []
         self.depths: list[int] = []
-        self.members: list[int] = []
-        self.paths: list[list[int]] = []
-        children: dict[tuple[int, int], int] = {}  # by node, or -1 at the beginning, and token
-        for index, tokens in enumerate(sequences):
-            node, path = -1, []
-            for depth, token_id in enumerate(tokens):
-                node = children.setdefault((node, token_id), len(children))
-                if node == len(self.token_ids):
-                    self.token_ids.append(token_id)
-                    self.depths.append(depth)
-                    self.members.append(0)
-                self.members[node] |= 1 << index
-                path.append(node)
-            self.paths.append(path)
+        self.ends: list[int] = []
+        self.paths: list[list[int]] = [[] for _ in sequences]
+        path: list[int] = []  # of the sequence before
+        before: list[int] = []
+        for index in sorted(range(len(sequences)), key=lambda index: sequences[index]):
+            tokens = sequences[index]
+            shared = num_shared(before, tokens)
+            self._close(path[shared:])
+            new = range(len(self), len(self) + len(tokens) - shared)
+            self.token_ids += tokens[shared:]
+            self.depths += range(shared, len(tokens))
+            self.ends += [0] * len(new)
+            before, path = tokens, [*path[:shared], *new]
+            self.paths[index] = path
+        self._close(path)
 
     def __len__(self) -> int:
         return len(self.token_ids)
 
+    @property
+    def is_chain(self) -> bool:
+        """True if each sequence is the beginning of the longest one."""
+        return len(self) == max(map(len, self.paths))
 
-def loglikelihoods(model: PreTrainedModel, groups: Sequence[list[Continuation]], as_trees: bool) -> list[list[float]]:
+    def _close(self, nodes: list[int]) -> None:
+        for node in nodes:
+            self.ends[node] = len(self)
+
+
+def num_shared(one: list[int], other: list[int]) -> int:
+    """Return how many tokens two sequences have in common at their beginning."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((index for index, (token, another) in pairs if token != another), min(len(one), len(other)))
+
+
+def score_continuations(model: PreTrainedModel, groups: Sequence[list[Continuation]]) -> list[list[Score]]:
     """
+    Score all continuations in one forward pass, each group as one row: as a tree, or, where no group branches, as
+    plain text.
+
     Args:
-        model: a causal language model of transformers, in eval mode.
-        groups: of up to 63 continuations that are likely to begin alike; one forward pass for all groups.
-        as_trees: whether the model can be given trees, see `takes_trees`; otherwise each continuation is a row.
-
-    Returns:
-        For each group, the summed log-likelihoods of its continuations, in nats.
+        model: a causal language model of transformers, in eval mode. Only groups that do not branch are for every
+            model, see `takes_trees`.
+        groups: continuations that begin alike.
     """
+    trees = [token_tree(group) for group in groups]
+    inputs = _plain_inputs(trees, model) if all(tree.is_chain for tree in trees) else _tree_inputs(trees, model)
     flat = [continuation for group in groups for continuation in group]
-    if as_trees:
-        trees = [token_tree(group) for group in groups]
-        inputs = _inputs_of_trees(trees, model.device, model.dtype)
-        places = [(row, path) for row, tree in enumerate(trees) for path in tree.paths]
-    else:
-        inputs = {"input_ids": _padded([each.token_ids[:-1] for each in flat], model.device)}
-        # Padding on the right needs no attention mask: no token sees what comes after it.
-        places = [(row, list(range(len(each.token_ids) - 1))) for row, each in enumerate(flat)]
+    places = [(row, path) for row, tree in enumerate(trees) for path in tree.paths]
     # A token is predicted by the one before it, the last of the context by several.
     width = inputs["input_ids"].shape[1]
     nodes, next_ids = [], []
@@ -94,16 +125,24 @@ def loglikelihoods(model: PreTrainedModel, groups: Sequence[list[Continuation]],
     positions = (predictors // width).to(model.device), (predictors % width).to(model.device)
     with torch.no_grad(), fastest_linear(model.device), _logits_only_of(model, positions):
         logits = model(**inputs, use_cache=False).logits  # (len(predictors), vocabulary)
-        normalisers = torch.cat([part.float().logsumexp(-1) for part in logits.split(ROWS_OF_LOGITS)])
+        parts = logits.split(ROWS_OF_LOGITS)
+        normalisers = torch.cat([part.float().logsumexp(-1) for part in parts])
+        most_probable = torch.cat([part.argmax(-1) for part in parts])
         scores = (logits[which, targets].float() - normalisers[which]).cpu().double()
-    sums = iter(part.sum().item() for part in scores.split([each.num_scored for each in flat]))
-    return [[next(sums) for _ in group] for group in groups]
+        hits = (most_probable[which] == targets).cpu()
+    lengths = [each.num_scored for each in flat]
+    pairs = zip(scores.split(lengths), hits.split(lengths), strict=True)
+    results = iter([Score(part.sum().item(), bool(part_hits.all())) for part, part_hits in pairs])
+    return [[next(results) for _ in group] for group in groups]
 
 
 def takes_trees(model: PreTrainedModel, groups: Sequence[list[Continuation]]) -> bool:
     """
-    Whether a model sees trees as they are meant, found out on `groups`, the longest and the largest that there are:
-    one that counts positions or limits attention in a way of its own gives other log-likelihoods than for rows.
+    Return True if the model scores trees as it scores plain text. A model that counts positions or limits attention in
+    a way of its own gives other log-likelihoods.
+
+    Args:
+        groups: those to find out with, the longest and the largest that there are.
 
     Raises:
         ValueError: if the model has no head.
@@ -119,8 +158,8 @@ def takes_trees(model: PreTrainedModel, groups: Sequence[list[Continuation]]) ->
     try:
         # Rounding to 16 bits would hide a small error. A model that accelerate has prepared rounds all the same.
         with torch.autocast(model.device.type, enabled=False):
-            expected = [loglikelihoods(model, [group], as_trees=False)[0] for group in groups]
-            found = [loglikelihoods(model, [group], as_trees=True)[0] for group in groups]
+            found = [score_continuations(model, [group])[0][-CHECKED:] for group in groups]
+            expected = [score_continuations(model, [[each]])[0] for group in groups for each in group[-CHECKED:]]
     except torch.OutOfMemoryError:
         raise
     except (IndexError, RuntimeError, TypeError, ValueError):  # a mask of four dimensions is not for every model
@@ -129,23 +168,40 @@ def takes_trees(model: PreTrainedModel, groups: Sequence[list[Continuation]]) ->
         hook.remove()
     tolerance = 1e-5 if all(torch.finfo(dtype).bits >= 32 for dtype in dtypes) else 2e-3
     pairs = zip(itertools.chain(*found), itertools.chain(*expected), strict=True)
-    return all(math.isclose(one, other, rel_tol=tolerance) for one, other in pairs)
+    return all(math.isclose(one.loglikelihood, other.loglikelihood, rel_tol=tolerance) for one, other in pairs)
 
 
 def token_tree(continuations: list[Continuation]) -> TokenTree:
-    """Of what the model is given of them."""
+    """Return the tree of what the model is given of continuations."""
     return TokenTree([continuation.token_ids[:-1] for continuation in continuations])
 
 
-def _inputs_of_trees(trees: list[TokenTree], device: torch.device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Trees side by side: `input_ids` and `position_ids`, (B, T), and `attention_mask`, (B, 1, T, T), 0 or minimal."""
+@contextmanager
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Switch dropout off; afterwards the model is as it was."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def _plain_inputs(trees: list[TokenTree], model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Return `input_ids`, (B, T). Padding on the right needs no mask: no token attends to what comes after it."""
+    return {"input_ids": _padded([tree.token_ids for tree in trees], model.device)}
+
+
+def _tree_inputs(trees: list[TokenTree], model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Return `input_ids` and `position_ids`, (B, T), and `attention_mask`, (B, 1, T, T), 0 or the lowest number."""
+    device, dtype = model.device, model.dtype
     depths = _padded([tree.depths for tree in trees], device)
-    members = _padded([tree.members for tree in trees], device)
-    # Of two nodes with a sequence in common, the one is on the way to the other.
-    sees = (members.unsqueeze(2) & members.unsqueeze(1) != 0) & (depths.unsqueeze(2) >= depths.unsqueeze(1))
-    sees |= torch.eye(depths.shape[1], dtype=torch.bool, device=device)  # padding sees itself, or softmax gives NaN
+    nodes = torch.arange(depths.shape[1], device=device)
+    # Padding ends after itself, so that it attends to itself: to nothing at all, softmax would give NaN.
+    ends = _padded([tree.ends for tree in trees], device).maximum(nodes + 1)
+    attends = (nodes <= nodes[:, None]) & (nodes[:, None] < ends[:, None])  # (B, queries, keys)
     # Not bool, which only some attention implementations take.
-    mask = torch.zeros(sees.shape, dtype=dtype, device=device).masked_fill_(~sees, torch.finfo(dtype).min)
+    mask = torch.zeros(attends.shape, dtype=dtype, device=device).masked_fill_(~attends, torch.finfo(dtype).min)
     input_ids = _padded([tree.token_ids for tree in trees], device)
     return {"input_ids": input_ids, "position_ids": depths, "attention_mask": mask.unsqueeze(1)}
 
@@ -158,9 +214,9 @@ def _padded(rows: list[list[int]], device: torch.device) -> torch.Tensor:
 @contextmanager
 def _logits_only_of(model: PreTrainedModel, positions: tuple[torch.Tensor, torch.Tensor]):
     """
-    The other logits, most of the memory, are never made: a hook narrows the head's input, (B, T, C) -> (N, C). To call
-    base model and head one by one would leave out what some models do to logits (Gemma caps them), and go past the
-    hooks of a sharded model.
+    Compute no other logits, which are most of the memory: a hook narrows the head's input, (B, T, C) -> (N, C).
+    Calling base model and head one by one would leave out what some models do to logits (Gemma caps them), and go past
+    the hooks of a sharded model.
     """
     hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0][positions],))
     try:

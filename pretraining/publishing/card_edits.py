@@ -5,13 +5,15 @@ import re
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard
+from huggingface_hub import CommitOperationAdd, EvalResult, HfApi, ModelCard
 from transformers import PreTrainedConfig
 
 from pretraining.errors import UserError, one_line
 from pretraining.files import write_text
+from pretraining.publishing.eval_results import card_entries, result_files
 from pretraining.publishing.model_card import CARD, USE, title_of
 from pretraining.publishing.usage import ConvertedFormat, example_prompt, quoted, usage
+from pretraining.records.task_results import TaskResult
 
 STRING = r'"(?:[^"\\\n]|\\.)*"'  # between quotes, with escapes
 USE_SECTION = re.compile(rf"^{USE}$.*?(?=^## |\Z)", flags=re.M | re.S)  # up to the next heading
@@ -81,10 +83,10 @@ def renamed_card(text: str | None, name: str, license: str | None) -> ModelCard:
     return card
 
 
-def update_model_card(name_or_path: str, results: list[EvalResult]) -> None:
+def update_model_card(name_or_path: str, results: list[TaskResult]) -> None:
     """
-    Put results into the metadata of a model's card, README.md in its folder or on the Hub, in place of older ones of
-    the same metrics on the same data.
+    Put results into the metadata of a model's card, in place of older ones of the same metrics on the same data, and
+    into its `.eval_results`: in its folder, or on the Hub in one commit.
 
     Raises:
         UserError: if the card cannot be read, or written.
@@ -94,16 +96,24 @@ def update_model_card(name_or_path: str, results: list[EvalResult]) -> None:
     try:
         card = ModelCard.load(path if is_local else name_or_path)
         card.data.model_name = card.data.model_name or Path(name_or_path).resolve().name
-        new = {(result.dataset_type, result.metric_name) for result in results}
-        old = card.data.eval_results or []
-        others = [result for result in old if (result.dataset_type, result.metric_name) not in new]
-        card.data.eval_results = others + results
+        entries = card_entries(results)
+        new = set(map(_subject, entries))
+        card.data.eval_results = [old for old in card.data.eval_results or [] if _subject(old) not in new] + entries
+        files = {**result_files(results), CARD: str(card)}
         if is_local:
-            write_text(path, str(card))
+            for name, text in files.items():
+                (path.parent / name).parent.mkdir(exist_ok=True)
+                write_text(path.parent / name, text)
         else:
-            card.push_to_hub(name_or_path, commit_message="HellaSwag")
+            operations = [CommitOperationAdd(name, text.encode()) for name, text in files.items()]
+            HfApi().create_commit(name_or_path, operations, commit_message="Evaluation results")
     except Exception as error:  # a refused token, no card, metadata that is not valid: of several libraries
         raise UserError(f"--update_model_card: the card of {name_or_path}: {one_line(error)}") from None
+
+
+def _subject(entry: EvalResult) -> tuple:
+    """Return what an entry is about: of two about the same, the newer one is kept."""
+    return entry.dataset_type, entry.dataset_config, entry.metric_name
 
 
 def _read(text: str) -> ModelCard:

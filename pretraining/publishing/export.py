@@ -2,33 +2,39 @@
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
-from huggingface_hub import ModelCard
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from pretraining.checkpoints.folders import FINAL
 from pretraining.errors import one_line
 from pretraining.files import INCOMPLETE
-from pretraining.publishing.model_card import CARD
 from pretraining.records.run_files import WEIGHTS
 
 
 def export(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, card: ModelCard, output_dir: Path, state_dict: dict
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    write_card: Callable[[Path], None],
+    output_dir: Path,
+    state_dict: dict,
 ) -> None:
     """
     Write the final model into `output_dir`. The weights are put there last: where they are, the rest is whole.
 
     Args:
+        write_card: writes the model's card, and what belongs to it, into a folder.
         state_dict: the full weights, gathered from all processes.
     """
     folder = output_dir / (FINAL + INCOMPLETE)
     shutil.rmtree(folder, ignore_errors=True)
     model.save_pretrained(folder, state_dict=state_dict)
     write_tokenizer(tokenizer, model.config.n_positions, folder)
-    card.save(folder / CARD)
+    write_card(folder)
     for path in sorted(folder.iterdir(), key=lambda path: path.name == WEIGHTS):
+        if path.is_dir():
+            shutil.rmtree(output_dir / path.name, ignore_errors=True)
         os.replace(path, output_dir / path.name)
     folder.rmdir()
 

@@ -4,7 +4,7 @@ import math
 import platform
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,13 +18,15 @@ from pretraining.checkpoints.state import Position
 from pretraining.cli import format_settings
 from pretraining.data.training_data import TrainingData
 from pretraining.errors import counted
-from pretraining.evaluation.hellaswag_items import HELLASWAG
+from pretraining.files import write_text
 from pretraining.hub import LICENSE
 from pretraining.markdown import table
+from pretraining.publishing.eval_results import card_entries, result_files
 from pretraining.publishing.usage import example_prompt, usage
 from pretraining.records.metrics import read_metrics
 from pretraining.records.progress import duration
-from pretraining.records.run_files import HELLASWAG_PLOT, LOSS_PLOT
+from pretraining.records.run_files import HELLASWAG_PLOT, LOSS_PLOT, TASKS_PLOT
+from pretraining.records.task_results import TaskResult, TaskSource, task_results
 from pretraining.training.flags import TrainArguments
 
 CARD = "README.md"
@@ -45,9 +47,9 @@ class RunRecord:
         sources: of the training text: name, configuration, revision and share of each.
         train_statistics, validation_statistics: counts of documents, tokens and bytes; of a stream's training text
             nobody knows them.
-        evaluation, hellaswag: the last ones, keys as in metrics.jsonl, None if there was none.
+        evaluation, hellaswag, tasks: the last ones, keys as in metrics.jsonl, None if there was none.
         eval_tokens: how many of the validation text an evaluation is on, None for all.
-        hellaswag_source: a dataset on the Hub, or the name of a file.
+        task_sources: what HellaSwag and the tasks are on.
         compression: bits per byte that general-purpose compressors need for the validation text.
         prompts: one of which is for the example.
     """
@@ -68,11 +70,18 @@ class RunRecord:
     evaluation: dict[str, float] | None
     eval_tokens: int | None
     hellaswag: dict[str, float] | None
-    hellaswag_source: str
+    tasks: dict[str, float] | None
+    task_sources: list[TaskSource]
     compression: dict[str, float]
     prompts: list[str]
     samples: list[str]
     versions: dict[str, str]
+
+    def hellaswag_results(self) -> list[TaskResult]:
+        return task_results(self.task_sources, self.hellaswag or {})
+
+    def task_results(self) -> list[TaskResult]:
+        return task_results(self.task_sources, self.tasks or {})
 
 
 def model_card(record: RunRecord, config: PreTrainedConfig) -> ModelCard:
@@ -98,11 +107,12 @@ def model_card(record: RunRecord, config: PreTrainedConfig) -> ModelCard:
         evaluation_step=_after(record.evaluation, record.step),
         compression=record.compression,
         loss_plot=LOSS_PLOT,
-        hellaswag=record.hellaswag and _hellaswag_summary(record.hellaswag),
-        hellaswag_items=record.hellaswag and f"{record.hellaswag['hellaswag_n']:,}",
-        hellaswag_source=record.hellaswag_source,
+        hellaswag=record.hellaswag_results(),
         hellaswag_step=_after(record.hellaswag, record.step),
         hellaswag_plot=HELLASWAG_PLOT,
+        tasks=record.task_results(),
+        tasks_step=_after(record.tasks, record.step),
+        tasks_plot=TASKS_PLOT,
         config=config,
         positions=f"{config.n_positions:,}",
         vocabulary=f"{config.vocab_size:,}",
@@ -123,7 +133,11 @@ def _metadata(record: RunRecord, title: str, base_model: str | None) -> ModelCar
         datasets=list(dict.fromkeys(hub_names)) or None,
         base_model=base_model,
         model_name=title,
-        eval_results=[*_validation_results(record), *_hellaswag_entries(record)] or None,
+        eval_results=[
+            *_validation_results(record),
+            *card_entries(record.hellaswag_results() + record.task_results()),
+        ]
+        or None,
     )
 
 
@@ -142,35 +156,6 @@ def _training_table(record: RunRecord, settings: dict) -> str:
 def title_of(name: str) -> str:
     """The last part of a Hub id or a folder's path."""
     return (Path(name).resolve() if Path(name).is_dir() else Path(name)).name
-
-
-def hellaswag_results(summary: dict, source: str, split: str | None) -> list[EvalResult]:
-    """
-    The entries of a model card that the Hub shows.
-
-    Args:
-        summary: `protocol n acc acc_stderr acc_norm acc_norm_stderr`; accuracies are fractions.
-        source: of the items: a dataset on the Hub, or the name of a file.
-        split: of the dataset.
-    """
-    names = {"acc": "accuracy", "acc_norm": "accuracy, normalised by length"}
-    return [
-        EvalResult(
-            task_type="text-generation",
-            dataset_type=source,
-            dataset_name="HellaSwag" if source == HELLASWAG else source,
-            dataset_split=split,
-            metric_type=metric,
-            metric_name=f"{name}, {summary['protocol']} protocol",
-            metric_value=round(summary[metric], 4),
-            metric_args={
-                "protocol": summary["protocol"],
-                "n": summary["n"],
-                "stderr": summary[f"{metric}_stderr"] and round(summary[f"{metric}_stderr"], 4),
-            },
-        )
-        for metric, name in names.items()
-    ]
 
 
 def _validation_results(record: RunRecord) -> list[EvalResult]:
@@ -196,19 +181,6 @@ def _validation_results(record: RunRecord) -> list[EvalResult]:
         )
         for metric, name in names.items()
     ]
-
-
-def _hellaswag_summary(hellaswag: dict[str, float]) -> dict:
-    """Return what `hellaswag_scoring.summarise` gave, from its line of metrics.jsonl; older lines have no errors."""
-    names = ("n", "acc", "acc_stderr", "acc_norm", "acc_norm_stderr")
-    return {"protocol": "completion"} | {name: hellaswag.get(f"hellaswag_{name}") for name in names}
-
-
-def _hellaswag_entries(record: RunRecord) -> list[EvalResult]:
-    if record.hellaswag is None:
-        return []
-    split = "validation" if "/" in record.hellaswag_source else None
-    return hellaswag_results(_hellaswag_summary(record.hellaswag), record.hellaswag_source, split)
 
 
 def _evaluation_text(record: RunRecord) -> str:
@@ -260,6 +232,7 @@ class RunCard:
         parameters: how many the model has.
         tokens_per_step: of all processes together.
         repo_id: where the run is published, None if it is not.
+        task_sources: what HellaSwag and the tasks are on.
     """
 
     args: TrainArguments
@@ -269,12 +242,13 @@ class RunCard:
     parameters: int
     tokens_per_step: int
     repo_id: str | None
+    task_sources: list[TaskSource] = field(default_factory=list)
 
-    def at(self, step: int, elapsed_seconds: float, samples: Sequence[str] = ()) -> ModelCard:
-        """The card of the model after `step`, which all starts of the program together took so long for."""
+    def record_at(self, step: int, elapsed_seconds: float, samples: Sequence[str] = ()) -> RunRecord:
+        """Return what to tell of the model after `step`, which all starts of the program together took so long for."""
         args = self.args
         lines = [line for line in read_metrics(Path(args.output_dir)) if line["step"] <= step]
-        record = RunRecord(
+        return RunRecord(
             name=self.repo_id or args.output_dir,
             parameters=self.parameters,
             step=step,
@@ -291,14 +265,22 @@ class RunCard:
             evaluation=next((line for line in reversed(lines) if line.get("eval_loss") is not None), None),
             eval_tokens=args.eval_iters and args.eval_iters * self.tokens_per_step,
             hellaswag=next((line for line in reversed(lines) if "hellaswag_n" in line), None),
-            hellaswag_source=Path(args.hellaswag_file).name if args.hellaswag_file else HELLASWAG,
+            tasks=next((line for line in reversed(lines) if "eval_tasks_n" in line), None),
+            task_sources=self.task_sources,
             compression=self.data.validation.compression_rates,
             prompts=args.sample_prompts,
             samples=list(samples),
             versions={"Python": platform.python_version(), **_versions()},
         )
-        return model_card(record, self.config)
 
-    def write(self, folder: Path, position: Position) -> None:
-        """Into a folder with a checkpoint's model."""
-        self.at(position.step, position.elapsed_seconds).save(folder / CARD)
+    def write(self, folder: Path, step: int, elapsed_seconds: float, samples: Sequence[str] = ()) -> None:
+        """Write the card and the files of evaluation results into a folder. Args: see `record_at`."""
+        record = self.record_at(step, elapsed_seconds, samples)
+        model_card(record, self.config).save(folder / CARD)
+        for name, text in result_files(record.hellaswag_results() + record.task_results()).items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            write_text(folder / name, text)
+
+    def write_checkpoint(self, folder: Path, position: Position) -> None:
+        """Write those of a checkpoint's model."""
+        self.write(folder, position.step, position.elapsed_seconds)

@@ -16,7 +16,8 @@ CONFIG, CODE = "config.json", "modeling_gpt2scratch.py"
 # tracker's file, and nothing else that happens to lie there.
 PUBLISHED = """config.json generation_config.json model.safetensors model-*-of-*.safetensors
     model.safetensors.index.json tokenizer.json tokenizer_config.json vocab.json merges.txt special_tokens_map.json
-    added_tokens.json chat_template.jinja plots/*.png model.gguf onnx/model.onnx onnx/model.onnx_data""".split()
+    added_tokens.json chat_template.jinja plots/*.png .eval_results/*.yaml
+    model.gguf onnx/model.onnx onnx/model.onnx_data""".split()
 
 
 def push(folder: Path, repo_id: str, private: bool, message: str, license: str | None = None) -> str:

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from accelerate import Accelerator, PartialState
-from huggingface_hub import ModelCard
 from torch import nn
 
 from pretraining.checkpoints.checkpoint import full_weights
@@ -51,14 +50,18 @@ def open_repository(args: TrainArguments, state: PartialState) -> str:
 
 
 def write_final_model(
-    accelerator: Accelerator, model: nn.Module, data: TrainingData, card: Callable[[], ModelCard], output_dir: Path
+    accelerator: Accelerator,
+    model: nn.Module,
+    data: TrainingData,
+    write_card: Callable[[Path], None],
+    output_dir: Path,
 ) -> None:
     """Write the final model and its card, and print how good it is."""
     state_dict = full_weights(accelerator, model)  # on all processes: each may hold a part
     if not accelerator.is_main_process:
         return
     unwrapped = accelerator.unwrap_model(model, keep_torch_compile=False)
-    export(unwrapped, data.tokenizer, card(), output_dir, state_dict)
+    export(unwrapped, data.tokenizer, write_card, output_dir, state_dict)
     evaluation = [line for line in read_metrics(output_dir) if "eval_loss" in line][-1]
     yardsticks = "".join(f", {name} {rate:.3f}" for name, rate in data.validation.compression_rates.items())
     bits_per_byte = evaluation["eval_bits_per_byte"]

@@ -9,7 +9,7 @@ from pretraining.files import write_text
 from pretraining.records.run_files import METRICS
 
 CLOCK = ("step", "tokens", "elapsed_seconds")  # of every line of metrics.jsonl
-EVALUATIONS = {"eval_loss", "hellaswag_n"}  # one of these is in each line that an evaluation writes
+EVALUATIONS = {"eval_loss", "hellaswag_n", "eval_tasks_n"}  # one of these is in each line that an evaluation writes
 
 
 def append_line(path: Path, values: dict) -> None:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from pretraining.files import INCOMPLETE
 from pretraining.records.metrics import read_metrics
 from pretraining.records.reference_losses import LossCurve
-from pretraining.records.run_files import HELLASWAG_PLOT, LOSS_PLOT
+from pretraining.records.run_files import HELLASWAG_PLOT, LOSS_PLOT, TASKS_PLOT
+from pretraining.records.task_results import TaskSource, task_results
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -46,12 +47,13 @@ def plot_loss(output_dir: Path, reference_losses: dict[str, float], curve: LossC
     margin = 0.03 * (highest - min(settled)) + 0.02
     axes.set_ylim(min([*settled, *references.values()]) - margin, highest + margin)
     _reference_lines(axes, references)
-    _save(figure, axes, output_dir / LOSS_PLOT)
+    _finish(axes)
+    _save(figure, output_dir / LOSS_PLOT)
 
 
 def plot_hellaswag(output_dir: Path) -> None:
     """Draw plots/hellaswag.png: accuracy over the tokens seen, beside what OpenAI's models reach."""
-    lines = [line for line in read_metrics(output_dir) if "hellaswag_acc_norm" in line]
+    lines = [line for line in read_metrics(output_dir) if "hellaswag_n" in line]
     tokens = [line["tokens"] for line in lines]
     figure, axes = _new_figure()
     for key, color, label in (("acc_norm", "tab:orange", "acc_norm"), ("acc", "tab:blue", "acc")):
@@ -59,7 +61,36 @@ def plot_hellaswag(output_dir: Path) -> None:
         axes.plot(tokens, values, color=color, marker="o", markersize=4, label=label)
     _reference_lines(axes, {"chance": 25.0} | HELLASWAG_ACC_NORM)
     axes.set_ylabel(f"HellaSwag, % of {lines[-1]['hellaswag_n']:,} items")
-    _save(figure, axes, output_dir / HELLASWAG_PLOT)
+    _finish(axes)
+    _save(figure, output_dir / HELLASWAG_PLOT)
+
+
+def plot_tasks(output_dir: Path, sources: list[TaskSource]) -> None:
+    """
+    Draw plots/tasks.png: accuracies over the tokens seen, by length where a task has that, and below them perplexities
+    and the like.
+    """
+    from matplotlib.figure import Figure
+
+    lines = [line for line in read_metrics(output_dir) if "eval_tasks_n" in line]
+    results = {(each.source.task, each.metric) for line in lines for each in task_results(sources, line)}
+    accuracies = {pair for pair in results if pair[1] in ("acc", "acc_norm", "exact_match", "f1", "mcc")}
+    accuracies -= {(task, "acc") for task, metric in results if metric == "acc_norm"}
+    others = {pair for pair in results if pair[1] in ("perplexity", "byte_perplexity", "bits_per_byte")}
+    parts = [(pairs, label) for pairs, label in ((accuracies, "%"), (others, "perplexity, bits")) if pairs]
+    figure = Figure(figsize=(8, 5 * max(1, len(parts))), layout="constrained")
+    for index, (pairs, label) in enumerate(parts):
+        axes = figure.add_subplot(len(parts), 1, index + 1)
+        for task, metric in sorted(pairs):
+            key, scale = f"{task}_{metric}", 100 if label == "%" else 1
+            points = [(line["tokens"], scale * line[key]) for line in lines if line.get(key) is not None]
+            axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=f"{task}, {metric}")
+        if label != "%":
+            axes.set_yscale("log")
+        axes.set_ylabel(label)
+        _finish(axes)
+    if parts:
+        _save(figure, output_dir / TASKS_PLOT)
 
 
 def _new_figure() -> "tuple[Figure, Axes]":
@@ -80,7 +111,7 @@ def _reference_lines(axes: "Axes", values: dict[str, float]) -> None:
         axes.text(1.01, height, f"{name} {value:.2f}", transform=axes.transAxes, va="center", fontsize=8, color="0.3")
 
 
-def _save(figure: "Figure", axes: "Axes", path: Path) -> None:
+def _finish(axes: "Axes") -> None:
     from matplotlib.ticker import EngFormatter
 
     axes.set_xlabel("tokens seen")
@@ -88,6 +119,9 @@ def _save(figure: "Figure", axes: "Axes", path: Path) -> None:
     axes.set_xlim(left=0)
     axes.grid(alpha=0.3)
     axes.legend()
+
+
+def _save(figure: "Figure", path: Path) -> None:
     path.parent.mkdir(exist_ok=True)
     temporary = path.with_name(path.name + INCOMPLETE)
     figure.savefig(temporary, dpi=120, format="png")

@@ -8,3 +8,4 @@ EVENTS = "events.jsonl"  # what went wrong on the way
 PLOTS = "plots"
 LOSS_PLOT = f"{PLOTS}/loss.png"
 HELLASWAG_PLOT = f"{PLOTS}/hellaswag.png"
+TASKS_PLOT = f"{PLOTS}/tasks.png"

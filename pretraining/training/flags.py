@@ -16,7 +16,8 @@ from pretraining.optimization.options import LRSchedulerType, Optim, OptimOption
 from pretraining.text.sources import Source, TextFlags, parse_mixture
 
 AT_LEAST_ONE = """block_size per_device_train_batch_size gradient_accumulation_steps tokens_per_step max_steps
-    logging_steps eval_steps eval_iters hellaswag_steps sample_steps save_steps save_total_limit
+    logging_steps eval_steps eval_iters hellaswag_steps eval_tasks_steps eval_tasks_limit sample_steps save_steps
+    save_total_limit
     max_nonfinite_steps ddp_timeout"""
 NOT_NEGATIVE = "learning_rate weight_decay max_grad_norm warmup_steps seed dataloader_num_workers"
 # Flags that do not decide the result, or whose effect a checkpoint has a record of: the data's fingerprint, the config
@@ -26,7 +27,8 @@ NEUTRAL = """output_dir data_dir dataset_name dataset_config_name dataset_revisi
     validation_file validation_split_percentage mixture tokenizer_name streaming block_size
     per_device_train_batch_size gradient_accumulation_steps tokens_per_step
     gradient_checkpointing torch_compile dataloader_num_workers
-    logging_steps eval_steps eval_iters hellaswag_steps hellaswag_file sample_steps
+    logging_steps eval_steps eval_iters hellaswag_steps hellaswag_file
+    eval_tasks eval_tasks_steps eval_tasks_limit sample_steps
     sample_prompts save_steps save_total_limit resume_from_checkpoint allow_changes report_to
     push_to_hub hub_model_id hub_strategy hub_private_repo license config_name config_overrides
     auto_batch_size max_nonfinite_steps ddp_timeout"""
@@ -120,6 +122,11 @@ class EvaluationFlags:
         None, "steps between evaluations on HellaSwag, and one after the last; none if left out"
     )
     hellaswag_file: str | None = flag(None, "its items, a JSON object a line; Rowan/hellaswag on the Hub if left out")
+    eval_tasks: list[str] = flag(
+        [], "tasks of lm-evaluation-harness to evaluate on: names, groups, small_lm, or YAML files", nargs="+"
+    )
+    eval_tasks_steps: int | None = flag(None, "steps between these; only after the last step if left out")
+    eval_tasks_limit: int | None = flag(None, "the first so many items of each task; all if left out")
     sample_steps: int | None = flag(None, "steps between samples; only after the last step if left out")
     sample_prompts: list[str] = flag([""], "what samples begin with; the empty prompt begins a document", nargs="+")
 
@@ -181,6 +188,7 @@ class TrainArguments(HubFlags, RunFlags, EvaluationFlags, OptimizationFlags, Mod
             found.append("--hellaswag_file is for --hellaswag_steps: give both")
         if self.hellaswag_file and not Path(self.hellaswag_file).is_file():
             found.append(f"--hellaswag_file {self.hellaswag_file} is not a file")
+        found += self.problems_of_tasks()
         found += self.problems_of_hub()
         if self.hub_strategy != "end" and not self.push_to_hub:
             found.append(f"--hub_strategy {self.hub_strategy} is for --push_to_hub: give both")
@@ -190,6 +198,14 @@ class TrainArguments(HubFlags, RunFlags, EvaluationFlags, OptimizationFlags, Mod
             if find_spec(name) is None:
                 found.append(f"--report_to {name}: the package is not installed, pip install {name}")
         return found
+
+    def problems_of_tasks(self) -> list[str]:
+        given = [name for name in ("eval_tasks_steps", "eval_tasks_limit") if getattr(self, name)]
+        if not self.eval_tasks:
+            return [f"--{name} is for --eval_tasks: give both" for name in given]
+        if find_spec("lm_eval") is None:
+            return ["--eval_tasks: lm-evaluation-harness is not installed, pip install lm-eval"]
+        return []
 
     def trackers(self) -> list[str]:
         return [name for name in dict.fromkeys(self.report_to) if name != "none"]

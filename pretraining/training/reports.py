@@ -1,9 +1,12 @@
 """What a run reports while it trains: loss and speed, evaluations, HellaSwag and samples."""
 
+import copy
 import gc
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -11,15 +14,20 @@ from transformers import PreTrainedModel
 from pretraining.distributed.processes import is_sharded
 from pretraining.errors import UserError
 from pretraining.evaluation.hellaswag_scoring import score_on_all_processes, summarise
+from pretraining.evaluation.loglikelihood import evaluating
 from pretraining.evaluation.samples import write_samples
 from pretraining.evaluation.validation import evaluate
-from pretraining.records.plots import plot_hellaswag, plot_loss
+from pretraining.hardware import generator_states, restore_generators
+from pretraining.records.plots import plot_hellaswag, plot_loss, plot_tasks
 from pretraining.records.progress import Progress, duration
 from pretraining.records.reference_losses import comparable_curve, comparable_losses
-from pretraining.records.run_files import HELLASWAG_PLOT, LOSS_PLOT
+from pretraining.records.run_files import HELLASWAG_PLOT, LOSS_PLOT, TASKS_PLOT
 from pretraining.records.run_log import RunLog
 from pretraining.training.setup import Setup
 from pretraining.training.step import StepResult
+
+if TYPE_CHECKING:
+    from pretraining.evaluation.harness_model import TreeLM
 
 # The time to go is estimated once so many steps are behind a run: the first ones warm up, or compile.
 STEPS_TO_MEASURE = 5
@@ -106,6 +114,44 @@ class Reports:
             )
             self._draw(HELLASWAG_PLOT, lambda: plot_hellaswag(setup.output_dir))
         self.progress.restart_interval()
+
+    def tasks(self) -> None:
+        """Evaluate on tasks of lm-evaluation-harness, and draw their plot."""
+        from pretraining.evaluation.harness import FigureError, metrics_of, run_tasks
+
+        setup = self.setup
+        assert setup.tasks is not None
+        before = generator_states(setup.accelerator.device)
+        try:
+            results = run_tasks(self._harness_model, setup.tasks, setup.args.eval_tasks_limit)
+        except FigureError as error:  # on all processes
+            self.log.write(f"warning: step {self.progress.step}: {error}")
+            return
+        finally:
+            restore_generators(before, setup.accelerator.device)  # a task may generate text
+        if setup.accelerator.is_main_process:
+            values = metrics_of(results)
+            num_items = sum(counts["effective"] for counts in results["n-samples"].values())
+            self.log.metrics(self.progress, values | {"eval_tasks_n": num_items})
+            figures = ", ".join(f"{key} {value:.4f}" for key, value in values.items() if not key.endswith("_stderr"))
+            self.log.write(f"step {self.progress.step}: {figures}")
+            self._draw(TASKS_PLOT, lambda: plot_tasks(setup.output_dir, setup.task_sources))
+        self.progress.restart_interval()
+
+    @cached_property
+    def _harness_model(self) -> "TreeLM":
+        from pretraining.evaluation.harness_model import TreeLM
+
+        setup, model = self.setup, self._plain_model()
+        tokenizer = copy.deepcopy(setup.data.tokenizer)  # which the harness gives a padding token
+        with evaluating(model):
+            return TreeLM(
+                model,
+                accelerator=setup.accelerator,
+                progress=False,
+                tokenizer=tokenizer,
+                batch_size=setup.split.batch_size,
+            )
 
     def sample(self) -> None:
         """Write samples of text."""

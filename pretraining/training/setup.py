@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -19,16 +20,27 @@ from pretraining.data.training_data import TrainingData, open_packed
 from pretraining.distributed.launcher import told_precision
 from pretraining.distributed.processes import on_every_process, on_main_process, open_accelerator
 from pretraining.errors import UserError
-from pretraining.evaluation.hellaswag_items import EncodedItem, encode_items, load_hub_items, load_items
+from pretraining.evaluation.hellaswag_items import (
+    HELLASWAG,
+    EncodedItem,
+    encode_items,
+    hellaswag_source,
+    load_hub_items,
+    load_items,
+)
 from pretraining.evaluation.hellaswag_scoring import load_metric
 from pretraining.evaluation.samples import encode_prompts
 from pretraining.kernels.cpu_products import use_fastest_products
 from pretraining.optimization.optimizer import build_optimizer, has_fused_adamw, parameter_groups
 from pretraining.optimization.schedule import Schedule
 from pretraining.precision import Precision, choose_precision, muon_dtype
+from pretraining.records.task_results import TaskSource
 from pretraining.tokenization.tokenizer import tokenizer_fingerprint, vocab_size_of
 from pretraining.training.flags import TrainArguments
 from pretraining.training.model import attention_on, build_model, check_fit, check_tokenizer, load_config
+
+if TYPE_CHECKING:
+    from pretraining.evaluation.harness import Tasks
 
 
 @dataclass(frozen=True)
@@ -41,6 +53,8 @@ class Setup:
         split: how the rows of a step are divided; with --auto_batch_size, as they fit into memory.
         identity: what makes this run this one, see `checkpoints/identity.py`.
         hellaswag: its items, none if they are not asked for.
+        tasks: of lm-evaluation-harness, None if they are not asked for.
+        task_sources: what HellaSwag and the tasks are on.
     """
 
     args: TrainArguments
@@ -51,6 +65,8 @@ class Setup:
     split: StepSplit
     identity: dict
     hellaswag: list[EncodedItem]
+    tasks: "Tasks | None"
+    task_sources: list[TaskSource]
 
     @property
     def output_dir(self) -> Path:
@@ -91,7 +107,10 @@ def open_setup(args: TrainArguments, state: PartialState) -> Setup:
     if args.model_name_or_path:
         check_tokenizer(args.model_name_or_path, tokenizer)
     encode_prompts(tokenizer, args.sample_prompts, config.n_positions)  # now, not after the last step
-    hellaswag = open_hellaswag(args, config, data, state) if args.hellaswag_steps else []
+    hellaswag, sources = open_hellaswag(args, config, data, state) if args.hellaswag_steps else ([], [])
+    tasks, more_sources = open_tasks(args) if args.eval_tasks else (None, [])
+    if args.hellaswag_steps and any(source.task == "hellaswag" for source in more_sources):
+        raise UserError("--hellaswag_steps and hellaswag in --eval_tasks have the same names in the log: give one")
     split = open_split(args, data.block_size, state)
     precision = on_main_process(state, lambda: choose_precision(state.device, told_precision()))
     accelerator = open_accelerator(
@@ -105,7 +124,9 @@ def open_setup(args: TrainArguments, state: PartialState) -> Setup:
         binding=data.binding(split),
         tokens_per_step=split.rows_per_step * data.block_size,
     )
-    return Setup(args, accelerator, precision, config, data, split, run_identity, hellaswag)
+    return Setup(
+        args, accelerator, precision, config, data, split, run_identity, hellaswag, tasks, sources + more_sources
+    )
 
 
 def open_data(args: TrainArguments, state: PartialState) -> TrainingData:
@@ -121,14 +142,31 @@ def open_data(args: TrainArguments, state: PartialState) -> TrainingData:
 
 def open_hellaswag(
     args: TrainArguments, config: PreTrainedConfig, data: TrainingData, state: PartialState
-) -> list[EncodedItem]:
+) -> tuple[list[EncodedItem], list[TaskSource]]:
     """Return the items, in the protocol of the published figures that the plot shows beside them."""
 
-    def work() -> list[EncodedItem]:
+    def work() -> tuple[list[EncodedItem], list[TaskSource]]:
         if state.is_main_process:
             load_metric()  # now, not when there are scores
-        items = load_items(args.hellaswag_file) if args.hellaswag_file else load_hub_items()
-        return encode_items(config, data.tokenizer, items, "completion")
+        dataset, revision = HELLASWAG, None
+        if args.hellaswag_file:
+            dataset, items = Path(args.hellaswag_file).name, load_items(args.hellaswag_file)
+        else:
+            items, revision = load_hub_items()
+        source = hellaswag_source(dataset, revision, len(items), "completion", is_whole=True)
+        return encode_items(config, data.tokenizer, items, "completion"), [source]
+
+    return on_every_process(work)
+
+
+def open_tasks(args: TrainArguments) -> "tuple[Tasks, list[TaskSource]]":
+    """Find the tasks of lm-evaluation-harness, and load their data."""
+
+    def work() -> "tuple[Tasks, list[TaskSource]]":
+        from pretraining.evaluation.harness import load_tasks, sources_of  # seconds, and an extra
+
+        tasks = load_tasks(args.eval_tasks)
+        return tasks, sources_of(tasks, args.eval_tasks_limit)
 
     return on_every_process(work)
 

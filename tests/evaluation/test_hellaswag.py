@@ -10,8 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
 from conftest import script, succeed
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, parse_eval_result_entries
 from support.generated_items import TEXT, generated_records, write_items
 from support.hub_server import Hub
 from support.processes import run_ranks
@@ -406,7 +407,9 @@ def test_from_a_hub_and_back(tmp_path, model_folder):
         first = hub.add("us/model", {**files, "README.md": b"---\nlicense: mit\n---\n# Ours\n"}, "model")
         hub.add("us/model", {"config.json": b"broken"}, "model")
         splits = {"validation": buffer.getvalue(), "test": test_split.getvalue()}
-        hub.add("Rowan/hellaswag", {f"data/{name}-00000.parquet": content for name, content in splits.items()})
+        commit = hub.add(
+            "Rowan/hellaswag", {f"data/{name}-00000.parquet": content for name, content in splits.items()}
+        )
         environment = hub.environment(tmp_path / "me")
         output = ("--predictions_file", tmp_path / "items.jsonl", "--model_name_or_path", "us/model")
         succeed(script("eval_hellaswag.py", *output, "--model_revision", first, **environment))
@@ -425,6 +428,17 @@ def test_from_a_hub_and_back(tmp_path, model_folder):
         assert [entry.metric_value for entry in card.data.eval_results] == [
             pytest.approx(result[name], abs=1e-4) for name in ("acc", "acc_norm")
         ]
+        results = hub.files("us/model", "model")[".eval_results/hellaswag-completion-protocol.yaml"]
+        for entry, name in zip(parse_eval_result_entries(yaml.safe_load(results)), ("acc", "acc_norm"), strict=True):
+            assert (entry.dataset_id, entry.task_id, entry.dataset_revision) == (
+                "Rowan/hellaswag",
+                "hellaswag",
+                commit,
+            )
+            assert entry.value == pytest.approx(result[name], abs=1e-4)
+            assert entry.notes == (
+                f"{name}, completion protocol, 6 items, standard error {result[f'{name}_stderr']:.4f}"
+            )
 
 
 def test_mistakes_at_the_command_line_are_told_all_at_once(tmp_path, refuse):
@@ -435,8 +449,8 @@ def test_mistakes_at_the_command_line_are_told_all_at_once(tmp_path, refuse):
     assert [line.split(": ")[2].split()[0] for line in lines] == [
         "--protocol",
         "--model_name_or_path",
-        "--data_file",
         "--limit",
+        "--data_file",
         "--output_file",
         "--predictions_file",
     ]

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import modeling_gpt2scratch  # noqa: F401  registers the model type
-from pretraining.evaluation.loglikelihood import Continuation, TokenTree, loglikelihoods, takes_trees
+from pretraining.evaluation.loglikelihood import Continuation, TokenTree, score_continuations, takes_trees
 
 VOCAB_SIZE, WINDOW = 50, 48
 
@@ -52,6 +52,12 @@ def one_by_one(model, group: list[Continuation]) -> list[float]:
         places = range(len(token_ids) - num_scored, len(token_ids))
         sums.append(sum(log_probabilities[place - 1, token_ids[place]].item() for place in places))
     return sums
+
+
+def loglikelihoods(model, groups: list[list[Continuation]], as_trees: bool) -> list[list[float]]:
+    if not as_trees:
+        return [[score_continuations(model, [[each]])[0][0].loglikelihood for each in group] for group in groups]
+    return [[score.loglikelihood for score in scores] for scores in score_continuations(model, groups)]
 
 
 MODELS = {

@@ -33,8 +33,10 @@ from pretraining.checkpoints.folders import complete_checkpoints, verify
 from pretraining.cli import run_script
 from pretraining.data.training_data import open_packed
 from pretraining.distributed.signals import STOPPED
+from pretraining.evaluation.hellaswag_items import hellaswag_source
 from pretraining.publishing.card_edits import converted_card, renamed_card
 from pretraining.publishing.model_card import RunCard, RunRecord, model_card
+from pretraining.records.task_results import TaskSource
 from pretraining.training.flags import TrainArguments
 
 CODE = {
@@ -381,7 +383,7 @@ def test_the_card_of_a_checkpoint_knows_nothing_of_what_came_after_it(run_dir, d
     data = open_packed(arguments.sources(), None, None, accelerator.state)
     config = AutoConfig.from_pretrained(run_dir)
     card = RunCard(arguments, accelerator, data, config, parameters=1, tokens_per_step=128, repo_id=None)
-    text = card.at(60, 90.0).text
+    text = model_card(card.record_at(60, 90.0), config).text
     assert "| time | 90 seconds |" in text
     (loss,) = (line["eval_loss"] for line in metrics(run_dir) if line["step"] == 60 and "eval_loss" in line)
     assert f"| loss, nats per token | {loss:.4f} |" in text and ", after step" not in text
@@ -410,7 +412,11 @@ def test_the_card_of_a_model_of_hub_data_trained_further_on_a_stream():
         evaluation={"step": 40, "eval_loss": 3.5, "eval_perplexity": math.exp(3.5), "eval_bits_per_byte": 1.1},
         eval_tokens=600,
         hellaswag={"step": 50, **{f"hellaswag_{key}": value for key, value in HELLASWAG.items()}},
-        hellaswag_source="Rowan/hellaswag",
+        tasks={"step": 50, "piqa_acc": 0.6, "piqa_acc_stderr": 0.01, "eval_tasks_n": 1838},
+        task_sources=[
+            hellaswag_source("Rowan/hellaswag", "c0ffee", 10042, "completion", is_whole=True),
+            TaskSource("piqa", "piqa", "baber/piqa", None, "validation", "beef", 1838, True, "0-shot, harness", {}),
+        ],
         compression={},
         prompts=["", "x" * 600, 'He said "'],
         samples=["```\ncode\n```"],
@@ -419,6 +425,7 @@ def test_the_card_of_a_model_of_hub_data_trained_further_on_a_stream():
     card = ModelCard(str(model_card(record, GPT2ScratchConfig())))
     assert card.data.datasets == ["HuggingFaceFW/fineweb-edu"] and card.data.base_model == "openai-community/gpt2"
     by_type = {entry.metric_type: entry for entry in card.data.eval_results}
+    assert by_type["acc_norm"].dataset_revision == "c0ffee" and by_type["acc"].dataset_type == "baber/piqa"
     assert by_type["acc_norm"].dataset_type == "Rowan/hellaswag" and by_type["acc_norm"].dataset_split == "validation"
     assert by_type["acc_norm"].metric_args["stderr"] == pytest.approx(0.0046)  # as the harness has it for 10,042
     for expected in (
@@ -430,6 +437,7 @@ def test_the_card_of_a_model_of_hub_data_trained_further_on_a_stream():
         "On the first 600 tokens of 4,000 bytes of text (3 documents) not trained on, after step 40:",
         "On 10,042 items of HellaSwag (Rowan/hellaswag, ",
         "0.3100 ± 0.0046",
+        "| piqa, 0-shot | `acc` | 0.6000 ± 0.0100 | 1,838 |",
         "30.0 hours",
         "````text\n```\ncode\n```\n````",
     ):

@@ -23,7 +23,7 @@ from unittest import mock
 REPOSITORY = Path(__file__).resolve().parents[2]
 IMPORTS = """train_accelerate prepare_data publish_model pretraining.data.streaming torch._dynamo
     torch.utils.tensorboard pandas
-    evaluate matplotlib.pyplot matplotlib.backends.backend_agg support.freeze""".split()
+    evaluate pretraining.evaluation.harness matplotlib.pyplot matplotlib.backends.backend_agg support.freeze""".split()
 TIMEOUT = 300
 SERVERS: dict[frozenset, multiprocessing.forkserver.ForkServer] = {}
 

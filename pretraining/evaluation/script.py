@@ -1,0 +1,85 @@
+"""What the evaluation scripts share: the flags for the model and its results, and the files that results go into."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from pretraining.cli import flag, problems_of_range
+from pretraining.errors import UserError
+from pretraining.files import write_text
+
+
+@dataclass
+class EvaluatedModelFlags:
+    _argument_group_name = "model, and how much it is given"
+
+    model_name_or_path: str = flag(None, "the model, with its tokenizer: a folder, or a name on the Hub (required)")
+    model_revision: str | None = flag(None, "branch, tag or commit of a model on the Hub")
+    trust_remote_code: bool = flag(False, "run the modeling code that comes with the model; read it first")
+    limit: int | None = flag(None, "only the first so many items, of each task")
+    per_device_eval_batch_size: int = flag(8, "items at once")
+
+    def problems_of_model(self) -> list[str]:
+        found = []
+        if not self.model_name_or_path:
+            found.append("--model_name_or_path is required: a folder, or a name on the Hub")
+        if self.is_folder() and self.model_revision:
+            found.append(f"--model_revision is for a model on the Hub, {self.model_name_or_path} is a folder")
+        return found + problems_of_range(self, ["per_device_eval_batch_size", "limit"], 1)
+
+    def is_folder(self) -> bool:
+        return bool(self.model_name_or_path) and Path(self.model_name_or_path).is_dir()
+
+
+@dataclass
+class ResultFlags:
+    _argument_group_name = "results"
+
+    output_file: str | None = flag(None, "a JSON file to write the result to")
+    predictions_file: str | None = flag(None, "a JSON-lines file to write the scores of every item to")
+    update_model_card: bool = flag(
+        False, "put the result into the model's card and its .eval_results, in its folder or on the Hub"
+    )
+
+    def problems_of_results(self, model: EvaluatedModelFlags) -> list[str]:
+        """Return what can be known before an hour of scoring."""
+        found, folder = [], Path(model.model_name_or_path or "")
+        for name in ("output_file", "predictions_file"):
+            if (value := getattr(self, name)) and (problem := unwritable(Path(value))):
+                found.append(f"--{name} {value} {problem}")
+        if self.output_file and self.predictions_file and Path(self.output_file) == Path(self.predictions_file):
+            found.append(f"--output_file and --predictions_file are the same file, {self.output_file}")
+        if self.update_model_card and model.limit:
+            found.append("--update_model_card is for a result of all items, not for a --limit")
+        if self.update_model_card and model.model_revision and not model.is_folder():
+            found.append("--update_model_card is for the newest revision of a model, not for a --model_revision")
+        if self.update_model_card and model.is_folder() and not (folder / "README.md").is_file():
+            found.append(f"--update_model_card: {folder} has no README.md")
+        return found
+
+    def write(self, result: str, predictions: str) -> None:
+        """
+        Write the files that were asked for.
+
+        Raises:
+            UserError: for each that cannot be written; the other one is.
+        """
+        problems = []
+        for path, content in ((self.predictions_file, predictions), (self.output_file, result)):
+            try:
+                if path:
+                    write_text(Path(path), content)
+            except OSError as error:
+                problems.append(f"{path} cannot be written: {error.strerror}")
+        if problems:
+            raise UserError(*problems)
+
+
+def unwritable(path: Path) -> str | None:
+    """Return what keeps a file from being written, as far as it can be seen."""
+    if os.path.isdir(path):  # which a name that is too long is no error for
+        return "is a folder: give the name of a file"
+    parent = next(parent for parent in path.absolute().parents if parent.exists())
+    if not parent.is_dir():
+        return f"cannot be written: {parent} is not a folder"
+    return None if os.access(parent, os.W_OK) else f"cannot be written: no permission to write in {parent}"
