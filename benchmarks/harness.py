@@ -45,7 +45,7 @@ class BenchmarkArguments:
     num_fewshot: list[int] = flag([0, 5], "examples before each item", nargs="+")
     tokenizer_name: str = flag("openai-community/gpt2", "a tokenizer: a folder, or a name on the Hub")
     config_name: str = flag("124M", "the model: 124M, 350M, 774M or 1558M")
-    limit: int = flag(24, "the first so many items of each task")
+    limit: int = flag(24, "so many items of each task, evenly spread over all of them")
     rounds: int = flag(3, "how often")
 
 
@@ -82,7 +82,8 @@ def main() -> None:
     print(
         side_by_side.section(
             ("torch", "transformers", "lm-eval"),
-            f"{args.config_name} in fp32, the first {args.limit} items of each task, medians of {args.rounds} rounds",
+            f"{args.config_name} in fp32, {args.limit} items of each task, evenly spread, "
+            f"medians of {args.rounds} rounds",
             table([*header, "log-likelihoods within", "other is_greedy"], rows),
         )
     )
@@ -101,9 +102,10 @@ def compare(
 ) -> list[object]:
     """Run both on a task's requests. Returns a line of the table."""
     task.set_fewshot_seed(1234)
-    task.build_all_requests(limit=args.limit, rank=0, world_size=1)
+    num_items = len(task.eval_docs)
+    items = list(range(0, num_items, max(1, num_items // args.limit)))[: args.limit]
+    task.build_all_requests(samples=items, rank=0, world_size=1)
     requests: list[Instance] = task.instances
-    num_items = len({request.doc_id for request in requests})
     kind = "loglikelihood_rolling" if is_rolling(task) else "loglikelihood"
 
     def answer(lm: HFLM, requests: list[Instance]) -> list:
@@ -129,7 +131,7 @@ def compare(
         for name in programs:
             times[name].append(side_by_side.seconds(partial(run, name)))
     ratio = statistics.median(slow / fast for slow, fast in zip(times["harness"], times["trees"], strict=True))
-    rates = {name: f"{num_items / statistics.median(each):.2f}" for name, each in times.items()}
+    rates = {name: f"{len(items) / statistics.median(each):.2f}" for name, each in times.items()}
     pairs = list(zip(answers["harness"], answers["trees"], strict=True))
     if is_rolling(task):
         furthest, others = max(abs(one / other - 1) for one, other in pairs), ""

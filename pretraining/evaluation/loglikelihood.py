@@ -125,15 +125,24 @@ def score_continuations(model: PreTrainedModel, groups: Sequence[list[Continuati
     positions = (predictors // width).to(model.device), (predictors % width).to(model.device)
     with torch.no_grad(), fastest_linear(model.device), _logits_only_of(model, positions):
         logits = model(**inputs, use_cache=False).logits  # (len(predictors), vocabulary)
-        parts = logits.split(ROWS_OF_LOGITS)
-        normalisers = torch.cat([part.float().logsumexp(-1) for part in parts])
-        most_probable = torch.cat([part.argmax(-1) for part in parts])
-        scores = (logits[which, targets].float() - normalisers[which]).cpu().double()
-        hits = (most_probable[which] == targets).cpu()
+        highest, normalisers = map(torch.cat, zip(*map(_normalise, logits.split(ROWS_OF_LOGITS)), strict=True))
+        target_logits = logits[which, targets].float()
+        scores = (target_logits - normalisers[which]).cpu().double()
+        # Of equal logits, greedy decoding takes the first.
+        hits = target_logits == highest[which]
+        hits[hits.clone()] = logits[which[hits]].argmax(-1) == targets[hits]
+        hits = hits.cpu()
     lengths = [each.num_scored for each in flat]
     pairs = zip(scores.split(lengths), hits.split(lengths), strict=True)
     results = iter([Score(part.sum().item(), bool(part_hits.all())) for part, part_hits in pairs])
     return [[next(results) for _ in group] for group in groups]
+
+
+def _normalise(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the highest and the log-sum-exp of each row in fp32. torch's logsumexp does not return the first."""
+    logits = logits.float()
+    highest = logits.amax(-1)
+    return highest, highest + (logits - highest.unsqueeze(-1)).exp_().sum(-1).log()
 
 
 def takes_trees(model: PreTrainedModel, groups: Sequence[list[Continuation]]) -> bool:

@@ -8,9 +8,11 @@ import torch
 import yaml
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
 from support.generated_items import TEXT, generated_records, write_items
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from pretraining.evaluation.harness_model import TreeLM
 from pretraining.evaluation.hellaswag_items import encode_items, load_items
 from pretraining.evaluation.hellaswag_scoring import can_be_trees, score_items, summarise
 from pretraining.tokenization.tokenizer import train_tokenizer
@@ -35,16 +37,24 @@ def test_every_item_and_every_figure_is_the_harness_s(tmp_path):
     }
     task = tmp_path / "task.yaml"
     task.write_text(yaml.safe_dump(settings))
+    manager = TaskManager(include_defaults=False)
     lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=7)
-    answer = simple_evaluate(lm, tasks=[str(task)], log_samples=True, bootstrap_iters=2)
+    answer = simple_evaluate(lm, tasks=[str(task)], task_manager=manager, bootstrap_iters=2)
     samples, figures = (answer[kind]["hellaswag_of_a_file"] for kind in ("samples", "results"))
+
+    trees = TreeLM(model, tokenizer=tokenizer, batch_size=3, progress=False)
+    through_trees = simple_evaluate(trees, tasks=[str(task)], task_manager=manager, bootstrap_iters=2)
+    samples_of_trees = through_trees["samples"]["hellaswag_of_a_file"]
+    assert through_trees["results"]["hellaswag_of_a_file"] == figures
 
     encoded = encode_items(model.config, tokenizer, items, "lm_eval")
     scores = score_items(model, encoded, batch_size=5, as_trees=can_be_trees(model, encoded))
     assert any(item.is_cut for item in encoded) and not all(item.is_cut for item in encoded)
-    for sample, score in zip(samples, scores, strict=True):
+    for sample, tree_sample, score in zip(samples, samples_of_trees, scores, strict=True):
         sums = [float(response[0]) for response in sample["filtered_resps"]]
         assert score["loglikelihoods"] == pytest.approx(sums, abs=1e-4)
+        tree_sums = [response[0] for response in tree_sample["filtered_resps"]]
+        assert score["loglikelihoods"] == pytest.approx(tree_sums, abs=1e-4)
         assert (score["pred"] == score["label"]) == sample["acc"]
         assert (score["pred_norm"] == score["label"]) == sample["acc_norm"]
     summary = summarise(encoded, scores, "lm_eval")

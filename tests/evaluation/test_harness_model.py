@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import eval_harness
 import modeling_gpt2scratch  # noqa: F401  registers the model type
+import train_accelerate
 from pretraining.errors import UserError
 from pretraining.evaluation.harness import SMALL_LM, load_tasks, run_tasks
 from pretraining.evaluation.harness_model import TreeLM
@@ -266,6 +268,17 @@ def test_mistakes_are_told_in_one_line_each(tmp_path, refuse, files, model, mode
     model.save_pretrained(tmp_path / "bare")
     *_, line = refuse(eval_harness, "--model_name_or_path", tmp_path / "bare", "--tasks", files["four"])
     assert "error: the tokenizer" in line and str(tmp_path / "bare") in line
+
+
+def test_without_the_harness_one_line_tells_how_to_install_it(refuse, monkeypatch, model_folder, files, tmp_path):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)  # as if it were not there
+    (line,) = refuse(eval_harness, "--model_name_or_path", model_folder, "--tasks", files["four"])
+    assert line.endswith("lm-evaluation-harness is not installed: pip install lm-eval")
+    training = ("--data_dir", tmp_path, "--output_dir", tmp_path / "run", "--eval_tasks")
+    (line,) = refuse(train_accelerate, *training, files["four"])
+    assert line.endswith("--eval_tasks: lm-evaluation-harness is not installed, pip install lm-eval")
+    (line,) = refuse(train_accelerate, *training[:-1], "--eval_tasks_limit", 5)
+    assert line.endswith("--eval_tasks_limit is for --eval_tasks: give both")
 
 
 def test_weights_that_are_not_finite_are_an_error(files, tokenizer):

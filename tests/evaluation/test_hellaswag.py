@@ -1,5 +1,6 @@
 """HellaSwag: the same numbers as the two published protocols, whatever the batch size and the number of processes."""
 
+import contextlib
 import io
 import json
 import re
@@ -439,6 +440,24 @@ def test_from_a_hub_and_back(tmp_path, model_folder):
             assert entry.notes == (
                 f"{name}, completion protocol, 6 items, standard error {result[f'{name}_stderr']:.4f}"
             )
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_items_in_the_cache_need_no_hub(tmp_path, model_folder, is_there):
+    """Neither one that can be reached, nor one that still has them."""
+    records = [{**record, "label": str(record["label"])} for record in generated_records(3)]
+    buffer = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(records), buffer)
+    command = ("eval_hellaswag.py", "--model_name_or_path", model_folder, "--output_file", tmp_path / "result.json")
+    with Hub() as hub:
+        hub.add("Rowan/hellaswag", {"data/validation-00000.parquet": buffer.getvalue()})
+        environment = hub.environment(tmp_path / "me")
+        succeed(script(*command, **environment))
+    before = (tmp_path / "result.json").read_text()
+    (tmp_path / "result.json").unlink()
+    with Hub() if is_there else contextlib.nullcontext():
+        succeed(script(*command, **environment))
+    assert (tmp_path / "result.json").read_text() == before
 
 
 def test_mistakes_at_the_command_line_are_told_all_at_once(tmp_path, refuse):

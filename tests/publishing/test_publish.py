@@ -16,6 +16,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
+import yaml
 from accelerate import Accelerator
 from conftest import REPOSITORY, TINY, metrics, run, script, succeed, train, warnings_in
 from huggingface_hub import ModelCard
@@ -36,6 +37,7 @@ from pretraining.distributed.signals import STOPPED
 from pretraining.evaluation.hellaswag_items import hellaswag_source
 from pretraining.publishing.card_edits import converted_card, renamed_card
 from pretraining.publishing.model_card import RunCard, RunRecord, model_card
+from pretraining.publishing.push import published
 from pretraining.records.task_results import TaskSource
 from pretraining.training.flags import TrainArguments
 
@@ -375,6 +377,28 @@ def test_the_card_tells_the_run_from_its_records(run_dir):
         assert expected in card.text, expected
     number, unit = re.search(r"\| time \| ([\d.]+) (seconds|minutes)", card.text).groups()
     assert float(number) * (60 if unit == "minutes" else 1) > lines[-1]["elapsed_seconds"] - 6  # to 0.1 minutes
+
+
+def test_results_on_a_dataset_of_the_hub_are_published_where_the_hub_reads_them(run_dir, data_dir, tmp_path):
+    arguments = TrainArguments(data_dir=str(data_dir), output_dir=str(run_dir), max_steps=120)
+    accelerator = Accelerator(cpu=True)
+    data, config = open_packed(arguments.sources(), None, None, accelerator.state), AutoConfig.from_pretrained(run_dir)
+    for dataset, is_whole in (("Rowan/hellaswag", True), ("Rowan/hellaswag", False), ("items.jsonl", True)):
+        source = hellaswag_source(dataset, "c0ffee", 8, "completion", is_whole)
+        folder = tmp_path / f"{is_whole}-{Path(dataset).name}"
+        folder.mkdir()
+        RunCard(arguments, accelerator, data, config, 1, 128, None, [source]).write(folder, 120, 90.0)
+        names = [str(path.relative_to(folder)) for path in published(folder)]
+        is_for_the_hub = is_whole and "/" in dataset
+        assert names == ([".eval_results/hellaswag-completion-protocol.yaml"] if is_for_the_hub else [])
+        assert any(entry.dataset_type == dataset for entry in ModelCard.load(folder / "README.md").data.eval_results)
+    entries = yaml.safe_load(
+        (tmp_path / "True-hellaswag/.eval_results/hellaswag-completion-protocol.yaml").read_text()
+    )
+    line = [line for line in metrics(run_dir) if "hellaswag_n" in line][-1]
+    assert [entry["value"] for entry in entries] == [
+        pytest.approx(line[f"hellaswag_{metric}"], abs=1e-4) for metric in ("acc", "acc_norm")
+    ]
 
 
 def test_the_card_of_a_checkpoint_knows_nothing_of_what_came_after_it(run_dir, data_dir):
