@@ -62,6 +62,10 @@ class Tasks:
     tasks: dict[str, Any] = field(default_factory=dict)
     groups: dict[str, Any] = field(default_factory=dict)
 
+    def that_generate(self) -> list[str]:
+        """Return the names of tasks whose answers the model writes."""
+        return [name for name, task in self.tasks.items() if task.OUTPUT_TYPE == "generate_until"]
+
 
 def load_tasks(names: Sequence[str], include_path: str | None = None, num_fewshot: int | None = None) -> Tasks:
     """

@@ -18,7 +18,7 @@ from pretraining.data.packed_rows import ModelInputs
 from pretraining.data.row_order import StepSplit, accumulation_steps
 from pretraining.data.training_data import TrainingData, open_packed
 from pretraining.distributed.launcher import told_precision
-from pretraining.distributed.processes import on_every_process, on_main_process, open_accelerator
+from pretraining.distributed.processes import is_sharded, on_every_process, on_main_process, open_accelerator
 from pretraining.errors import UserError
 from pretraining.evaluation.hellaswag_items import (
     HELLASWAG,
@@ -116,6 +116,11 @@ def open_setup(args: TrainArguments, state: PartialState) -> Setup:
     accelerator = open_accelerator(
         state, split.gradient_accumulation_steps, args.torch_compile, precision.mixed_precision
     )
+    if tasks and is_sharded(accelerator) and (writing := tasks.that_generate()):
+        raise UserError(
+            f"--eval_tasks {' '.join(writing)} generates text, which a sharded model cannot do while it trains: "
+            "leave it to eval_harness.py"
+        )
     run_identity = identity(
         settings={**args.settings(), "mixed_precision": accelerator.mixed_precision},
         config=config,

@@ -153,6 +153,13 @@ def test_tasks_in_the_loop_are_what_their_script_says_of_the_model(flags, refere
     assert "| four, 0-shot | `acc_norm` |" in card.text
 
 
+def test_tasks_that_generate_are_refused_where_the_model_is_sharded(flags, tmp_path):
+    files = write_tasks(tmp_path)
+    arguments = (*flags, "--per_device_train_batch_size", 8, "--eval_tasks", files["writes"])
+    with pytest.raises(AssertionError, match="--eval_tasks writes generates text, which a sharded model cannot do"):
+        fork_sharded(sharding(tmp_path, 2), *arguments, "--output_dir", tmp_path / "run")
+
+
 def log_output_code() -> None:
     """As by TORCH_LOGS, which is read when torch is imported."""
     torch._logging.set_logs(output_code=True)
