@@ -17,7 +17,7 @@ PAGE = FOLDER.parent / "docs" / "benchmarks.md"
 # Those of `make bench`, about two hours on two cores. The others are of texts that are not in this repository, or take
 # hours of their own.
 USUAL = "training_step training_loop head_and_loss generation start_up checkpoints".split()
-BY_NAME = "data hellaswag optimizers".split()
+BY_NAME = "data harness hellaswag optimizers".split()
 
 
 def replace_section(page: str, name: str, text: str) -> str:

@@ -126,6 +126,7 @@ class Reports:
             results = run_tasks(self._harness_model, setup.tasks, setup.args.eval_tasks_limit)
         except FigureError as error:  # on all processes
             self.log.write(f"warning: step {self.progress.step}: {error}")
+            self.progress.restart_interval()
             return
         finally:
             restore_generators(before, setup.accelerator.device)  # a task may generate text
