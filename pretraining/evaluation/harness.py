@@ -40,8 +40,8 @@ SMALL_LM = [
     "wikitext",
 ]
 PRESETS = {"small_lm": SMALL_LM}
-# Of the standard errors that have no formula. The harness's 100,000 take minutes, and change the second digit of an
-# error by 2 %.
+# Of the standard errors that have no formula. The harness's 100,000 take minutes. An error by n of them is within some
+# 1 / sqrt(2 n) of itself, here 2 %.
 BOOTSTRAP_ITERATIONS = 1000
 FEWSHOT_SEED = 1234  # the harness's
 PACKAGED = ("json", "csv", "parquet", "text", "arrow")  # kinds of files, where other tasks name a dataset
@@ -54,6 +54,8 @@ class FigureError(UserError):
 @dataclass
 class Tasks:
     """
+    Tasks that were found, with their data.
+
     Attributes:
         tasks: by name.
         groups: by name: several tasks whose results the harness also gives as one.

@@ -37,6 +37,8 @@ class TaskSource:
 @dataclass(frozen=True)
 class TaskResult:
     """
+    A figure of a task.
+
     Attributes:
         metric: its name.
         value: accuracies are fractions.
