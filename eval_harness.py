@@ -15,15 +15,12 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
 
-from accelerate import Accelerator
 from transformers import AutoModelForCausalLM
 
 import modeling_gpt2scratch  # noqa: F401  registers the model type
-from pretraining import hardware
 from pretraining.cli import flag, parse_arguments, problems_of_range, run_script
-from pretraining.distributed.launcher import told_precision
-from pretraining.distributed.processes import check_launch, on_every_process, open_state
-from pretraining.evaluation.script import EvaluatedModelFlags, ResultFlags
+from pretraining.distributed.processes import on_every_process
+from pretraining.evaluation.script import EvaluatedModelFlags, ResultFlags, open_accelerator
 from pretraining.publishing.card_edits import update_model_card
 from pretraining.records.task_results import TaskSource, task_results
 from pretraining.training.model import load_model_and_tokenizer
@@ -59,12 +56,7 @@ def main() -> None:
     from pretraining.evaluation.harness import load_tasks, metrics_of, run_tasks, sources_of  # an extra
     from pretraining.evaluation.harness_model import TreeLM
 
-    state = open_state()
-    check_launch(state.num_processes)
-    if state.device.type == "cpu":
-        hardware.keep_freed_memory()
-    # In fp32 unless told otherwise, as the scores that are published.
-    accelerator = Accelerator(cpu=state.device.type == "cpu", mixed_precision=told_precision() or "no")
+    accelerator = open_accelerator()
 
     tasks = on_every_process(lambda: load_tasks(args.tasks, args.include_path, args.num_fewshot))
     model, tokenizer = load_model_and_tokenizer(

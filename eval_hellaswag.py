@@ -16,14 +16,10 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from accelerate import Accelerator
 from transformers import AutoModelForCausalLM
 
 import modeling_gpt2scratch  # noqa: F401  registers the model type
-from pretraining import hardware
 from pretraining.cli import flag, parse_arguments, run_script
-from pretraining.distributed.launcher import told_precision
-from pretraining.distributed.processes import check_launch, open_state
 from pretraining.evaluation.hellaswag_items import (
     HELLASWAG,
     MAX_PROBLEMS,
@@ -36,7 +32,7 @@ from pretraining.evaluation.hellaswag_items import (
     window_of,
 )
 from pretraining.evaluation.hellaswag_scoring import load_metric, score_on_all_processes, summarise
-from pretraining.evaluation.script import EvaluatedModelFlags, ResultFlags
+from pretraining.evaluation.script import EvaluatedModelFlags, ResultFlags, open_accelerator
 from pretraining.publishing.card_edits import update_model_card
 from pretraining.records.task_results import task_results
 from pretraining.training.model import load_model_and_tokenizer
@@ -67,12 +63,7 @@ class HellaSwagArguments(ResultFlags, ItemFlags, EvaluatedModelFlags):
 
 def main() -> None:
     args = parse_arguments(HellaSwagArguments, __doc__)
-    state = open_state()
-    check_launch(state.num_processes)
-    if state.device.type == "cpu":
-        hardware.keep_freed_memory()
-    # In fp32 unless told otherwise, as the scores that are published.
-    accelerator = Accelerator(cpu=state.device.type == "cpu", mixed_precision=told_precision() or "no")
+    accelerator = open_accelerator()
     if accelerator.is_main_process:
         load_metric()
 

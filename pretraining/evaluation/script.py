@@ -1,10 +1,15 @@
-"""What the evaluation scripts share: the flags for the model and its results, and the files that results go into."""
+"""What the evaluation scripts share: flags for the model and its results, the launch, and the files of results."""
 
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from accelerate import Accelerator
+
+from pretraining import hardware
 from pretraining.cli import flag, problems_of_range
+from pretraining.distributed.launcher import told_precision
+from pretraining.distributed.processes import check_launch, open_state
 from pretraining.errors import UserError
 from pretraining.files import write_text
 
@@ -73,6 +78,15 @@ class ResultFlags:
                 problems.append(f"{path} cannot be written: {error.strerror}")
         if problems:
             raise UserError(*problems)
+
+
+def open_accelerator() -> Accelerator:
+    """Open the processes of the launch and their devices, in fp32 unless told otherwise, as published scores are."""
+    state = open_state()
+    check_launch(state.num_processes)
+    if state.device.type == "cpu":
+        hardware.keep_freed_memory()
+    return Accelerator(cpu=state.device.type == "cpu", mixed_precision=told_precision() or "no")
 
 
 def unwritable(path: Path) -> str | None:
