@@ -13,6 +13,7 @@ import json
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from transformers import AutoModelForCausalLM
@@ -47,6 +48,8 @@ class HarnessArguments(ResultFlags, TaskFlags, EvaluatedModelFlags):
             found.append("--tasks is required: small_lm, or names of the harness's tasks")
         if find_spec("lm_eval") is None:
             found.append("lm-evaluation-harness is not installed: pip install lm-eval")
+        if self.include_path and not Path(self.include_path).is_dir():
+            found.append(f"--include_path {self.include_path} is not a folder")
         found += problems_of_range(self, ["num_fewshot"], 0)
         return found + self.problems_of_results(self)
 
@@ -59,6 +62,7 @@ def main() -> None:
     accelerator = open_accelerator()
 
     tasks = on_every_process(lambda: load_tasks(args.tasks, args.include_path, args.num_fewshot))
+    sources = sources_of(tasks, args.limit)
     model, tokenizer = load_model_and_tokenizer(
         AutoModelForCausalLM,
         args.model_name_or_path,
@@ -70,7 +74,7 @@ def main() -> None:
     with accelerator.autocast():
         results = run_tasks(lm, tasks, args.limit, log_samples=args.predictions_file is not None)
     if accelerator.is_main_process:
-        write_results(args, results, sources_of(tasks, args.limit), metrics_of(results))
+        write_results(args, results, sources, metrics_of(results))
     accelerator.end_training()
 
 

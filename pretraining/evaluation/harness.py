@@ -8,6 +8,7 @@ import contextlib
 import io
 import logging
 import os
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,18 +18,18 @@ from typing import Any
 
 import datasets
 import lm_eval.api.task
+import numpy as np
 import torch
 import tqdm
 from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
 
-from pretraining.errors import UserError, nearest, one_line
+from pretraining.errors import ProcessError, UserError, nearest, one_line
 from pretraining.evaluation.harness_model import TreeLM
 from pretraining.evaluation.loglikelihood import evaluating
 from pretraining.records.task_results import TaskSource, commit_of
 
-# Tasks on which models of 124M to 1.5B parameters differ by more than their standard errors. Sources:
-# docs/evaluation.md.
+# Tasks that are known to move between 124M and 1.5B parameters. Sources: docs/evaluation.md.
 SMALL_LM = [
     "lambada_openai",
     "hellaswag",
@@ -43,7 +44,7 @@ PRESETS = {"small_lm": SMALL_LM}
 # Of the standard errors that have no formula. The harness's 100,000 take minutes. An error by n of them is within some
 # 1 / sqrt(2 n) of itself, here 2 %.
 BOOTSTRAP_ITERATIONS = 1000
-FEWSHOT_SEED = 1234  # the harness's
+SEED = 1234  # the harness's, of examples, numpy and torch; that of `random` is 0
 PACKAGED = ("json", "csv", "parquet", "text", "arrow")  # kinds of files, where other tasks name a dataset
 
 
@@ -97,7 +98,7 @@ def load_tasks(names: Sequence[str], include_path: str | None = None, num_fewsho
         raise UserError(*unknown)
     found = Tasks()
     for name in dict.fromkeys(specs):
-        with _errors_as_user_errors(f"the task {name} cannot be loaded"), _quiet():
+        with _errors_as_user_errors(f"the task {name} cannot be loaded"), _quiet(), _seeded():
             loaded = manager.load([name])
             for task in loaded["tasks"].values():
                 _ = task.eval_docs
@@ -137,9 +138,11 @@ def run_tasks(lm: TreeLM, tasks: Tasks, limit: int | None = None, log_samples: b
     """
     is_main = lm.sharing is None or lm.sharing.is_main_process
     for task in tasks.tasks.values():
-        task.set_fewshot_seed(seed=FEWSHOT_SEED)
+        task.set_fewshot_seed(seed=SEED)
     os.environ.setdefault("DISABLE_MULTIPROC", "1")  # a fork of a process with torch's threads may hang
-    with evaluating(lm.model), _quiet(), _errors_as_user_errors("lm-evaluation-harness"):
+    rank = lm.sharing.process_index if lm.sharing else 0
+    torch.manual_seed(SEED + rank)  # of texts that are sampled
+    with evaluating(lm.model), _quiet(), _seeded(), _errors_as_user_errors("lm-evaluation-harness", ProcessError):
         return evaluate(
             lm,
             {"tasks": tasks.tasks, "groups": tasks.groups},
@@ -159,7 +162,8 @@ def metrics_of(results: dict[str, Any]) -> dict[str, float]:
             name, _, filter_name = key.partition(",")
             if task not in parts and filter_name and isinstance(value, int | float):
                 suffix = "" if filter_name == "none" else f"_{filter_name}"
-                metrics[f"{task}_{name}{suffix}"] = float(value)
+                suffix += "_stderr" if name.endswith("_stderr") else ""
+                metrics[f"{task}_{name.removesuffix('_stderr')}{suffix}"] = float(value)
     return metrics
 
 
@@ -173,19 +177,21 @@ def sources_of(tasks: Tasks, limit: int | None = None) -> list[TaskSource]:
 def _source_of(name: str, tasks: list[Any], limit: int | None) -> TaskSource:
     first = tasks[0].config
     numbers = [len(task.eval_docs) for task in tasks]
-    is_file = first.dataset_path in PACKAGED or Path(first.dataset_path).exists()
+    datasets_of = {task.config.dataset_path or task.DATASET_PATH or name for task in tasks}  # of classes, the latter
+    dataset = datasets_of.pop() if len(datasets_of) == 1 else name
+    is_of_the_hub = dataset not in (*PACKAGED, name) and not Path(dataset).exists()
     shots = sorted({task.get_config("num_fewshot") or 0 for task in tasks})
     return TaskSource(
         task=name,
         title=name,
-        dataset=name if is_file else first.dataset_path,
+        dataset=dataset if is_of_the_hub else name,
         config=first.dataset_name if len(tasks) == 1 else None,
         split=first.test_split or first.validation_split,
-        revision=commit_of(tasks[0].eval_docs),
+        revision=commit_of(tasks[0].eval_docs) if is_of_the_hub else None,
         num_items=sum(min(number, limit or number) for number in numbers),
         is_whole=all(limit is None or number <= limit for number in numbers),
         setting=f"{' and '.join(map(str, shots))}-shot, lm-evaluation-harness",
-        details={"num_fewshot": shots[0], "lm_eval": version("lm-eval")},
+        details={"task": name, "num_fewshot": shots[0], "lm_eval": version("lm-eval")},
     )
 
 
@@ -203,7 +209,20 @@ def _quiet():
 
 
 @contextlib.contextmanager
-def _errors_as_user_errors(what: str):
+def _seeded():
+    """Seed what tasks shuffle with, equally on all processes, and leave the generators as they were."""
+    before = random.getstate(), np.random.get_state()
+    random.seed(0)
+    np.random.seed(SEED)
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+
+
+@contextlib.contextmanager
+def _errors_as_user_errors(what: str, kind: type[UserError] = UserError):
     """Turn whatever the harness, a task's code or `datasets` raises, of many kinds, into one line."""
     try:
         yield
@@ -212,4 +231,4 @@ def _errors_as_user_errors(what: str):
     except ArithmeticError as error:
         raise FigureError(f"{what}: {one_line(error)}: the model's answers are too improbable for a figure") from error
     except Exception as error:
-        raise UserError(f"{what}: {type(error).__name__}: {one_line(error)}") from error
+        raise kind(f"{what}: {type(error).__name__}: {one_line(error)}") from error

@@ -25,6 +25,7 @@ from pretraining.errors import ProcessError, UserError
 from pretraining.evaluation.loglikelihood import (
     Continuation,
     Score,
+    TokenTree,
     evaluating,
     score_continuations,
     takes_trees,
@@ -59,7 +60,7 @@ class TreeLM(HFLM):
             raise UserError(f"{self.config.model_type} is not a causal language model")
         self.sharing = accelerator
         self.progress = progress and (accelerator is None or accelerator.is_main_process)
-        self.largest_tree = 0  # that the model was seen to take
+        self.largest_tree = self.deepest_tree = 0  # that the model was seen to take
         # A tokenizer warns of texts that are longer than the model's positions. They are cut, and counted.
         self.tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
 
@@ -136,9 +137,9 @@ class TreeLM(HFLM):
 
     def _plan(self, continuations: list[Continuation], max_tokens: int) -> list[list[list[int]]]:
         """Return batches of groups of continuations, by index: groups that branch first, then those that do not."""
-        groups = group_by_prefix(continuations, self.config.get_text_config().hidden_size)
+        groups = group_by_prefix(continuations, getattr(self.config.get_text_config(), "hidden_size", None))
         trees = [token_tree([continuations[index] for index in group]) for group in groups]
-        if not self._can_be_trees(continuations, groups, [0 if tree.is_chain else len(tree) for tree in trees]):
+        if not self._can_be_trees(continuations, groups, trees):
             groups = group_by_prefix(continuations, hidden_size=None)
             trees = [token_tree([continuations[index] for index in group]) for group in groups]
         batches = []
@@ -148,19 +149,27 @@ class TreeLM(HFLM):
             batches += [[groups[kind[place]] for place in batch] for batch in into_batches(sizes, max_tokens)]
         return batches
 
-    def _can_be_trees(self, continuations: list[Continuation], groups: list[list[int]], sizes: list[int]) -> bool:
-        """Return True if the model scores the groups rightly, of which `sizes` are the nodes, 0 for a chain."""
-        largest = max(range(len(groups)), key=lambda number: sizes[number])
-        if sizes[largest] > self.largest_tree:
+    def _can_be_trees(
+        self, continuations: list[Continuation], groups: list[list[int]], trees: list[TokenTree]
+    ) -> bool:
+        """Return True if the model scores the groups rightly, which is found out on the largest and the deepest."""
+        branching = [number for number, tree in enumerate(trees) if not tree.is_chain]
+        if not branching:
+            return True
+        largest = max(branching, key=lambda number: len(trees[number]))
+        deepest = max(branching, key=lambda number: max(trees[number].depths))
+        size, depth = len(trees[largest]), max(trees[deepest].depths)
+        if size > self.largest_tree or depth > self.deepest_tree:
+            checked = [[continuations[index] for index in groups[number]] for number in {largest, deepest}]
             try:
-                is_right = takes_trees(self.model, [[continuations[index] for index in groups[largest]]])
+                is_right = takes_trees(self.model, checked)
             except ValueError as error:
                 raise UserError(str(error)) from None
             if not all(gather_object([is_right]) if self.sharing else [is_right]):
                 if self.progress:
                     print("this model does not see trees of tokens as it should: each is a row", file=sys.stderr)
                 return False
-            self.largest_tree = sizes[largest]
+            self.largest_tree, self.deepest_tree = max(size, self.largest_tree), max(depth, self.deepest_tree)
         return True
 
     def _score(self, continuations: list[Continuation], batches: list[list[list[int]]], bar: tqdm) -> list[Score]:

@@ -113,7 +113,7 @@ def update_model_card(name_or_path: str, results: list[TaskResult]) -> None:
 
 def _subject(entry: EvalResult) -> tuple:
     """Return what an entry is about: of two about the same, the newer one is kept."""
-    return entry.dataset_type, entry.dataset_config, entry.metric_name
+    return entry.dataset_type, entry.dataset_config, entry.metric_name, (entry.metric_args or {}).get("task")
 
 
 def _read(text: str) -> ModelCard:

@@ -4,6 +4,7 @@ takes its place (https://huggingface.co/docs/hub/eval-results).
 """
 
 from datetime import UTC, datetime
+from pathlib import Path
 
 import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, eval_result_entries_to_yaml
@@ -12,7 +13,6 @@ from pretraining.records.task_results import TaskResult
 
 FOLDER = ".eval_results"
 NAMES = {"acc": "accuracy", "acc_norm": "accuracy, normalised by length"}
-SOURCE = "https://github.com/EleutherAI/lm-evaluation-harness"
 
 
 def card_entries(results: list[TaskResult]) -> list[EvalResult]:
@@ -47,7 +47,7 @@ def result_files(results: list[TaskResult]) -> dict[str, str]:
     today = datetime.now(UTC).date().isoformat()
     for result in results:
         source = result.source
-        if source.is_whole and "/" in source.dataset:
+        if source.is_whole and "/" in source.dataset and not Path(source.dataset).exists():
             error = "" if result.stderr is None else f", standard error {result.stderr:.4f}"
             entry = EvalResultEntry(
                 dataset_id=source.dataset,

@@ -78,7 +78,8 @@ class RunRecord:
     versions: dict[str, str]
 
     def hellaswag_results(self) -> list[TaskResult]:
-        return task_results(self.task_sources, self.hellaswag or {})
+        results = task_results(self.task_sources, self.hellaswag or {})
+        return [each for each in results if self.hellaswag and each.source.num_items == self.hellaswag["hellaswag_n"]]
 
     def task_results(self) -> list[TaskResult]:
         return task_results(self.task_sources, self.tasks or {})

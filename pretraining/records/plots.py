@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+ACCURACIES = ("acc", "acc_norm", "exact_match", "f1", "mcc")  # of tasks, as fractions
 SETTLED = 0.05  # part of the tokens seen after which a loss has to be in the picture
 LABEL_HEIGHT = 0.04  # of a reference line's name, as a part of the plot's height
 
@@ -74,10 +75,10 @@ def plot_tasks(output_dir: Path, sources: list[TaskSource]) -> None:
 
     lines = [line for line in read_metrics(output_dir) if "eval_tasks_n" in line]
     results = {(each.source.task, each.metric) for line in lines for each in task_results(sources, line)}
-    accuracies = {pair for pair in results if pair[1] in ("acc", "acc_norm", "exact_match", "f1", "mcc")}
+    accuracies = {pair for pair in results if pair[1] in ACCURACIES}
     accuracies -= {(task, "acc") for task, metric in results if metric == "acc_norm"}
-    others = {pair for pair in results if pair[1] in ("perplexity", "byte_perplexity", "bits_per_byte")}
-    parts = [(pairs, label) for pairs, label in ((accuracies, "%"), (others, "perplexity, bits")) if pairs]
+    others = {(task, metric) for task, metric in results if metric not in ACCURACIES}
+    parts = [(pairs, label) for pairs, label in ((accuracies, "%"), (others, "other metrics")) if pairs]
     figure = Figure(figsize=(8, 5 * max(1, len(parts))), layout="constrained")
     for index, (pairs, label) in enumerate(parts):
         axes = figure.add_subplot(len(parts), 1, index + 1)
@@ -85,7 +86,7 @@ def plot_tasks(output_dir: Path, sources: list[TaskSource]) -> None:
             key, scale = f"{task}_{metric}", 100 if label == "%" else 1
             points = [(line["tokens"], scale * line[key]) for line in lines if line.get(key) is not None]
             axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=f"{task}, {metric}")
-        if label != "%":
+        if label != "%" and all((line.get(f"{task}_{metric}") or 0) > 0 for task, metric in pairs for line in lines):
             axes.set_yscale("log")
         axes.set_ylabel(label)
         _finish(axes)

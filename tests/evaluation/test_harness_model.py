@@ -29,7 +29,7 @@ import eval_harness
 import modeling_gpt2scratch  # noqa: F401  registers the model type
 import train_accelerate
 from pretraining.errors import UserError
-from pretraining.evaluation.harness import SMALL_LM, load_tasks, run_tasks
+from pretraining.evaluation.harness import SMALL_LM, load_tasks, metrics_of, run_tasks
 from pretraining.evaluation.harness_model import TreeLM
 from pretraining.evaluation.loglikelihood import Continuation, token_tree
 from pretraining.evaluation.prefix_groups import MAX_NODES, group_by_prefix, into_batches
@@ -118,6 +118,27 @@ def test_a_greedy_answer_is_one(files, tokenizer):
     assert [is_greedy for _, is_greedy in answers] == [True, True, False, False]
 
 
+def test_a_window_that_only_the_deeper_tree_is_longer_than_is_found_out(tokenizer):
+    """A wide tree of short requests is the largest one, and fits into the window of attention."""
+    model = random_model("mistral", intermediate_size=64, num_key_value_heads=2, sliding_window=32)
+    wide = [(None, [5, 6, 7, 8, 9, 10], [20 + number] * 8) for number in range(40)]
+    deep = [(None, list(range(100, 160)), [number] * 3) for number in range(2)]
+    settings = {"tokenizer": tokenizer, "batch_size": 4, "max_length": WINDOW}
+    found = TreeLM(model, progress=False, **settings)._loglikelihood_tokens(wide + deep)
+    expected = HFLM(model, **settings)._loglikelihood_tokens(wide + deep, disable_tqdm=True)
+    assert [one for one, _ in found] == [pytest.approx(other, abs=1e-4) for other, _ in expected]
+
+
+def test_standard_errors_of_filtered_answers_keep_their_name():
+    values = {"acc,none": 0.5, "acc_stderr,none": 0.1, "exact_match,strict": 0.25, "exact_match_stderr,strict": 0.2}
+    assert metrics_of({"results": {"t": values}}) == {
+        "t_acc": 0.5,
+        "t_acc_stderr": 0.1,
+        "t_exact_match_strict": 0.25,
+        "t_exact_match_strict_stderr": 0.2,
+    }
+
+
 def test_generated_texts_are_the_harness_s(files, tokenizer, model):
     tasks = load_tasks([str(files["writes"])])
     found = run_tasks(TreeLM(model, tokenizer=tokenizer, batch_size=3, progress=False), tasks, log_samples=True)
@@ -135,7 +156,7 @@ def test_what_items_share_is_computed_once(files, tokenizer):
     model, given = random_model("gpt2scratch", n_positions=1024), []
     hook = model.get_input_embeddings().register_forward_hook(lambda _, inputs, output: given.append(inputs[0].shape))
     lm = TreeLM(model, tokenizer=tokenizer, batch_size=8, progress=False)
-    lm.largest_tree = math.inf  # what is found out about the model is found out
+    lm.largest_tree = lm.deepest_tree = math.inf  # what is found out about the model is found out
     try:
         lm.loglikelihood(requests)
     finally:
@@ -243,6 +264,7 @@ def test_from_a_hub_and_back(tmp_path, model_folder, files):
         assert entry.notes == f"{metric}, 2-shot, lm-evaluation-harness, 7 items, standard error {stderr:.4f}"
         assert (other.dataset_type, other.dataset_revision, other.dataset_split) == ("us/items", commit, "validation")
         assert other.metric_args == {
+            "task": "ours",
             "num_fewshot": 2,
             "lm_eval": version("lm-eval"),
             "n": 7,
@@ -253,6 +275,10 @@ def test_from_a_hub_and_back(tmp_path, model_folder, files):
 def test_mistakes_are_told_in_one_line_each(tmp_path, refuse, files, model, model_folder):
     lines = refuse(eval_harness, "--tasks", "x", "--limit", 0, "--num_fewshot", -1)
     assert [line.split(": ")[2].split()[0] for line in lines] == ["--model_name_or_path", "--limit", "--num_fewshot"]
+    (line,) = refuse(
+        eval_harness, "--model_name_or_path", model_folder, "--tasks", "x", "--include_path", tmp_path / "gone"
+    )
+    assert line.endswith(f"--include_path {tmp_path / 'gone'} is not a folder")
     (line,) = refuse(eval_harness, "--model_name_or_path", model_folder)
     assert line.endswith("--tasks is required: small_lm, or names of the harness's tasks")
     with pytest.raises(UserError) as error:
