@@ -121,7 +121,7 @@ def test_a_greedy_answer_is_one(files, tokenizer):
 def test_a_window_that_only_the_deeper_tree_is_longer_than_is_found_out(tokenizer):
     """A wide tree of short requests is the largest one, and fits into the window of attention."""
     model = random_model("mistral", intermediate_size=64, num_key_value_heads=2, sliding_window=32)
-    wide = [(None, [5, 6, 7, 8, 9, 10], [20 + number] * 8) for number in range(40)]
+    wide = [(None, list(range(20)), [20 + number, 0]) for number in range(120)]
     deep = [(None, list(range(100, 160)), [number] * 3) for number in range(2)]
     settings = {"tokenizer": tokenizer, "batch_size": 4, "max_length": WINDOW}
     found = TreeLM(model, progress=False, **settings)._loglikelihood_tokens(wide + deep)
