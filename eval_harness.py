@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 import modeling_gpt2scratch  # noqa: F401  registers the model type
 from pretraining.cli import flag, parse_arguments, problems_of_range, run_script
 from pretraining.distributed.processes import on_every_process
+from pretraining.errors import UserError
 from pretraining.evaluation.script import EvaluatedModelFlags, ResultFlags, open_accelerator
 from pretraining.publishing.card_edits import update_model_card
 from pretraining.records.task_results import TaskSource, task_results
@@ -71,6 +72,8 @@ def main() -> None:
     )
     model.to(accelerator.device)
     lm = TreeLM(model, accelerator, tokenizer=tokenizer, batch_size=args.per_device_eval_batch_size)
+    if problems := tasks.problems(lm.max_length):
+        raise UserError(*problems)
     with accelerator.autocast():
         results = run_tasks(lm, tasks, args.limit, log_samples=args.predictions_file is not None)
     if accelerator.is_main_process:

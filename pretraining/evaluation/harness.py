@@ -11,7 +11,6 @@ import os
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ import numpy as np
 import torch
 import tqdm
 from lm_eval.evaluator import evaluate
+from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 
 from pretraining.errors import ProcessError, UserError, nearest, one_line
@@ -44,8 +44,16 @@ PRESETS = {"small_lm": SMALL_LM}
 # Of the standard errors that have no formula. The harness's 100,000 take minutes. An error by n of them is within some
 # 1 / sqrt(2 n) of itself, here 2 %.
 BOOTSTRAP_ITERATIONS = 1000
+MAX_NEW_TOKENS = 256  # of a task that names no number: the harness's HFLM.max_gen_toks
 SEED = 1234  # the harness's, of examples, numpy and torch; that of `random` is 0
 PACKAGED = ("json", "csv", "parquet", "text", "arrow")  # kinds of files, where other tasks name a dataset
+
+
+class SilentBar(tqdm.tqdm):
+    """A progress bar that shows nothing."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **{**kwargs, "disable": True})
 
 
 class FigureError(UserError):
@@ -65,9 +73,27 @@ class Tasks:
     tasks: dict[str, Any] = field(default_factory=dict)
     groups: dict[str, Any] = field(default_factory=dict)
 
-    def that_generate(self) -> list[str]:
-        """Return the names of tasks whose answers the model writes."""
-        return [name for name, task in self.tasks.items() if task.OUTPUT_TYPE == "generate_until"]
+    def problems(self, max_length: int, is_sharded: bool = False) -> list[str]:
+        """
+        Return a message for each task that a model cannot do.
+
+        Args:
+            max_length: the model's positions.
+            is_sharded: each process holds a part of its weights.
+        """
+        found = []
+        for name, task in self.tasks.items():
+            if task.OUTPUT_TYPE != "generate_until":
+                continue
+            if is_sharded:
+                found.append(f"{name} generates text, which a sharded model cannot do while it trains: leave it out")
+            num_tokens = normalize_gen_kwargs(task.config.generation_kwargs or {}, MAX_NEW_TOKENS)["max_gen_toks"]
+            if num_tokens >= max_length:
+                found.append(
+                    f"{name} generates up to {num_tokens:,} tokens after its context, but the model has only "
+                    f"{max_length:,} positions: leave it out"
+                )
+        return found
 
 
 def load_tasks(names: Sequence[str], include_path: str | None = None, num_fewshot: int | None = None) -> Tasks:
@@ -80,7 +106,8 @@ def load_tasks(names: Sequence[str], include_path: str | None = None, num_fewsho
         num_fewshot: examples before each item; each task's own number if left out.
 
     Raises:
-        UserError: for an unknown name, with the nearest one; for a task whose data cannot be loaded.
+        UserError: for an unknown name, with the nearest one; for a task whose data cannot be loaded, that no model
+            here can do, or that is asked for with two numbers of examples.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     datasets.disable_progress_bars()
@@ -102,14 +129,39 @@ def load_tasks(names: Sequence[str], include_path: str | None = None, num_fewsho
             loaded = manager.load([name])
             for task in loaded["tasks"].values():
                 _ = task.eval_docs
+        for task in loaded["tasks"].values():
+            # As the harness does: a task that fixes it at 0 keeps that.
+            fixed = task.get_config("num_fewshot")
+            if fixed is None or (num_fewshot is not None and fixed != 0):
+                task.set_config(key="num_fewshot", value=num_fewshot or 0)
+        _check(loaded["tasks"], found.tasks)
         found.tasks |= loaded["tasks"]
         found.groups |= loaded.get("groups", {})
-    for task in found.tasks.values():
-        # As the harness does: a task that fixes it at 0 keeps that.
-        fixed = task.get_config("num_fewshot")
-        if fixed is None or (num_fewshot is not None and fixed != 0):
-            task.set_config(key="num_fewshot", value=num_fewshot or 0)
     return found
+
+
+def _check(tasks: dict[str, Any], before: dict[str, Any]) -> None:
+    """
+    Raises:
+        UserError: for each task that cannot be evaluated, or differs from the one of its name that was found before.
+    """
+    problems = []
+    for name, task in tasks.items():
+        if getattr(task, "UNSAFE_CODE", False):
+            problems.append(f"the task {name} runs code that the model writes, which is not supported: leave it out")
+        if getattr(task, "MULTIMODAL", False):
+            problems.append(f"the task {name} has images or sound, and the models here read text: leave it out")
+        if set(getattr(task, "_metric_fn_list", None) or []) == {"bypass"}:
+            problems.append(f"the task {name} has no metric, it only collects answers: leave it out")
+        if name in before:
+            shots = sorted(each.get_config("num_fewshot") for each in (task, before[name]))
+            if shots[0] != shots[1]:
+                problems.append(
+                    f"the task {name} is given twice, with {shots[0]} and {shots[1]} examples before each item: "
+                    "give it once"
+                )
+    if problems:
+        raise UserError(*problems)
 
 
 def _task_manager(names: list[str], include_path: str | None) -> TaskManager:
@@ -198,9 +250,8 @@ def _source_of(name: str, tasks: list[Any], limit: int | None) -> TaskSource:
 @contextlib.contextmanager
 def _quiet():
     """Keep what the harness prints from standard output, and its bars, but for those of the model, away."""
-    silent = partial(tqdm.tqdm, disable=True)
     before = tqdm.tqdm, lm_eval.api.task.tqdm
-    tqdm.tqdm, lm_eval.api.task.tqdm = silent, silent
+    tqdm.tqdm, lm_eval.api.task.tqdm = SilentBar, SilentBar
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             yield

@@ -59,7 +59,9 @@ class TreeLM(HFLM):
         if self.backend != "causal":
             raise UserError(f"{self.config.model_type} is not a causal language model")
         self.sharing = accelerator
-        self.progress = progress and (accelerator is None or accelerator.is_main_process)
+        self.is_main = accelerator is None or accelerator.is_main_process
+        self.progress = progress and self.is_main
+        self.said: set[str] = set()
         self.largest_tree = self.deepest_tree = 0  # that the model was seen to take
         # A tokenizer warns of texts that are longer than the model's positions. They are cut, and counted.
         self.tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
@@ -99,11 +101,10 @@ class TreeLM(HFLM):
             return []
         continuations = [self._continuation(*request) for request in requests]
         num_cut = sum(len(context) + len(end) > self.max_length + 1 for _, context, end in requests)
-        if num_cut and self.progress:
-            print(
+        if num_cut:
+            self._say_once(
                 f"{num_cut:,} of {len(requests):,} requests are longer than the model's {self.max_length:,} positions "
-                "and lose their beginning",
-                file=sys.stderr,
+                "and lose their beginning"
             )
         longest = max(range(len(requests)), key=lambda index: len(continuations[index].token_ids))
         batch_size = self.batch_size if self.batch_size != "auto" else self._detect_batch_size([requests[longest]])
@@ -166,8 +167,7 @@ class TreeLM(HFLM):
             except ValueError as error:
                 raise UserError(str(error)) from None
             if not all(gather_object([is_right]) if self.sharing else [is_right]):
-                if self.progress:
-                    print("this model does not see trees of tokens as it should: each is a row", file=sys.stderr)
+                self._say_once("this model does not see trees of tokens as it should: each request is a row")
                 return False
             self.largest_tree, self.deepest_tree = max(size, self.largest_tree), max(depth, self.deepest_tree)
         return True
@@ -193,6 +193,12 @@ class TreeLM(HFLM):
         if not all(math.isfinite(score.loglikelihood) for score in scores.values()):
             raise ProcessError("the model's log-likelihoods are not finite: its weights are not usable")
         return [scores[index] for index in range(len(continuations))]
+
+    def _say_once(self, message: str) -> None:
+        """Print a message that the main process did not print before: the training loop evaluates many times."""
+        if self.is_main and message not in self.said:
+            print(message, file=sys.stderr)
+        self.said.add(message)
 
     def _autocast(self) -> AbstractContextManager:
         """Return what `mixed_precision_dtype` asks for; without it what is around the evaluation holds."""

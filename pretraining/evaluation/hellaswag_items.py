@@ -39,16 +39,30 @@ def load_items(path: str | Path, limit: int | None = None) -> list[dict]:
     return check_items(str(path), itertools.islice(records, limit))
 
 
-def load_hub_items(name: str = HELLASWAG, limit: int | None = None) -> tuple[list[dict], str | None]:
-    """Return those of a dataset on the Hub, and its commit."""
+def load_hub_items(
+    name: str = HELLASWAG,
+    limit: int | None = None,
+    file_flag: str = "--data_file",
+    tasks_flag: str = "eval_harness.py --tasks",
+) -> tuple[list[dict], str | None]:
+    """
+    Return the items of a dataset on the Hub, and its commit.
+
+    Args:
+        limit: see `load_items`.
+        file_flag, tasks_flag: what takes items of a file and other tasks, for the message.
+
+    Raises:
+        UserError: if the dataset cannot be loaded; for malformed items, a line each.
+    """
     from datasets import load_dataset  # only here: items in a file need no datasets library
 
     try:
         dataset = load_dataset(name, split=HUB_SPLIT)
     except Exception as error:  # datasets has many kinds
         raise UserError(
-            f"the dataset {name} cannot be loaded: {one_line(error)} (items from elsewhere: --data_file; other tasks "
-            "that tell small models apart: eval_harness.py --tasks lambada_openai piqa arc_easy)"
+            f"the dataset {name} cannot be loaded: {one_line(error)} (items from elsewhere: {file_flag}; other tasks "
+            f"that tell small models apart: {tasks_flag} lambada_openai piqa arc_easy)"
         ) from None
     records = ((f"{name} item {index}", record) for index, record in enumerate(dataset))
     return check_items(name, itertools.islice(records, limit)), commit_of(dataset)

@@ -22,7 +22,7 @@ class EvaluatedModelFlags:
     model_revision: str | None = flag(None, "branch, tag or commit of a model on the Hub")
     trust_remote_code: bool = flag(False, "run the modeling code that comes with the model; read it first")
     limit: int | None = flag(None, "only the first so many items, of each task")
-    per_device_eval_batch_size: int = flag(8, "items at once")
+    per_device_eval_batch_size: int = flag(8, "a batch has as many tokens as so many of the longest requests")
 
     def problems_of_model(self) -> list[str]:
         found = []

@@ -78,8 +78,7 @@ class RunRecord:
     versions: dict[str, str]
 
     def hellaswag_results(self) -> list[TaskResult]:
-        results = task_results(self.task_sources, self.hellaswag or {})
-        return [each for each in results if self.hellaswag and each.source.num_items == self.hellaswag["hellaswag_n"]]
+        return task_results(self.task_sources, self.hellaswag or {})
 
     def task_results(self) -> list[TaskResult]:
         return task_results(self.task_sources, self.tasks or {})

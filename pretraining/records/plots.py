@@ -74,19 +74,22 @@ def plot_tasks(output_dir: Path, sources: list[TaskSource]) -> None:
     from matplotlib.figure import Figure
 
     lines = [line for line in read_metrics(output_dir) if "eval_tasks_n" in line]
-    results = {(each.source.task, each.metric) for line in lines for each in task_results(sources, line)}
-    accuracies = {pair for pair in results if pair[1] in ACCURACIES}
-    accuracies -= {(task, "acc") for task, metric in results if metric == "acc_norm"}
-    others = {(task, metric) for task, metric in results if metric not in ACCURACIES}
+    curves: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    for line in lines:
+        for each in task_results(sources, line):
+            curves.setdefault((each.source.task, each.metric), []).append((line["tokens"], each.value))
+    accuracies = {pair for pair in curves if pair[1] in ACCURACIES}
+    accuracies -= {(task, "acc") for task, metric in curves if metric == "acc_norm"}
+    others = {(task, metric) for task, metric in curves if metric not in ACCURACIES}
     parts = [(pairs, label) for pairs, label in ((accuracies, "%"), (others, "other metrics")) if pairs]
     figure = Figure(figsize=(8, 5 * max(1, len(parts))), layout="constrained")
     for index, (pairs, label) in enumerate(parts):
         axes = figure.add_subplot(len(parts), 1, index + 1)
         for task, metric in sorted(pairs):
-            key, scale = f"{task}_{metric}", 100 if label == "%" else 1
-            points = [(line["tokens"], scale * line[key]) for line in lines if line.get(key) is not None]
+            scale = 100 if label == "%" else 1
+            points = [(tokens, scale * value) for tokens, value in curves[task, metric]]
             axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=f"{task}, {metric}")
-        if label != "%" and all((line.get(f"{task}_{metric}") or 0) > 0 for task, metric in pairs for line in lines):
+        if label != "%" and all(value > 0 for pair in pairs for _, value in curves[pair]):
             axes.set_yscale("log")
         axes.set_ylabel(label)
         _finish(axes)

@@ -52,15 +52,21 @@ class TaskResult:
 
 
 def task_results(sources: list[TaskSource], metrics: dict[str, Any]) -> list[TaskResult]:
-    """Return the results of tasks, whose metrics are named `TASK_METRIC` and `TASK_METRIC_stderr`, among others."""
+    """
+    Return the results of tasks.
+
+    Args:
+        metrics: `TASK_METRIC`, `TASK_METRIC_stderr` and, where it is known, the number of items as `TASK_n`. Results
+            on another number of items than the source's are left out: an earlier command had another limit.
+    """
     results = []
     for key, value in metrics.items():
         owners = [source for source in sources if key.startswith(f"{source.task}_")]
         if owners and value is not None and not key.endswith(("_stderr", "_n")):
             source = max(owners, key=lambda source: len(source.task))
-            results.append(
-                TaskResult(source, key.removeprefix(f"{source.task}_"), value, metrics.get(f"{key}_stderr"))
-            )
+            if metrics.get(f"{source.task}_n", source.num_items) == source.num_items:
+                metric = key.removeprefix(f"{source.task}_")
+                results.append(TaskResult(source, metric, value, metrics.get(f"{key}_stderr")))
     return results
 
 

@@ -23,6 +23,7 @@ from pretraining.records.progress import Progress, duration
 from pretraining.records.reference_losses import comparable_curve, comparable_losses
 from pretraining.records.run_files import HELLASWAG_PLOT, LOSS_PLOT, TASKS_PLOT
 from pretraining.records.run_log import RunLog
+from pretraining.records.task_results import task_results
 from pretraining.training.setup import Setup
 from pretraining.training.step import StepResult
 
@@ -119,7 +120,7 @@ class Reports:
         """Evaluate on tasks of lm-evaluation-harness, and draw their plot."""
         from pretraining.evaluation.harness import FigureError, metrics_of, run_tasks
 
-        setup = self.setup
+        setup, sources = self.setup, self.setup.task_sources
         assert setup.tasks is not None
         before = generator_states(setup.accelerator.device)
         try:
@@ -132,11 +133,12 @@ class Reports:
             restore_generators(before, setup.accelerator.device)  # a task may generate text
         if setup.accelerator.is_main_process:
             values = metrics_of(results)
-            num_items = sum(counts["effective"] for counts in results["n-samples"].values())
-            self.log.metrics(self.progress, values | {"eval_tasks_n": num_items})
+            num_items = {f"{each.source.task}_n": each.source.num_items for each in task_results(sources, values)}
+            num_items["eval_tasks_n"] = sum(counts["effective"] for counts in results["n-samples"].values())
+            self.log.metrics(self.progress, values | num_items)
             figures = ", ".join(f"{key} {value:.4f}" for key, value in values.items() if not key.endswith("_stderr"))
             self.log.write(f"step {self.progress.step}: {figures}")
-            self._draw(TASKS_PLOT, lambda: plot_tasks(setup.output_dir, setup.task_sources))
+            self._draw(TASKS_PLOT, lambda: plot_tasks(setup.output_dir, sources))
         self.progress.restart_interval()
 
     @cached_property

@@ -116,11 +116,8 @@ def open_setup(args: TrainArguments, state: PartialState) -> Setup:
     accelerator = open_accelerator(
         state, split.gradient_accumulation_steps, args.torch_compile, precision.mixed_precision
     )
-    if tasks and is_sharded(accelerator) and (writing := tasks.that_generate()):
-        raise UserError(
-            f"--eval_tasks {' '.join(writing)} generates text, which a sharded model cannot do while it trains: "
-            "leave it to eval_harness.py"
-        )
+    if tasks and (problems := tasks.problems(config.n_positions, is_sharded(accelerator))):
+        raise UserError(*(f"--eval_tasks: {problem}" for problem in problems))
     run_identity = identity(
         settings={**args.settings(), "mixed_precision": accelerator.mixed_precision},
         config=config,
@@ -157,7 +154,7 @@ def open_hellaswag(
         if args.hellaswag_file:
             dataset, items = Path(args.hellaswag_file).name, load_items(args.hellaswag_file)
         else:
-            items, revision = load_hub_items()
+            items, revision = load_hub_items(file_flag="--hellaswag_file", tasks_flag="--eval_tasks")
         source = hellaswag_source(dataset, revision, len(items), "completion", is_whole=True)
         return encode_items(config, data.tokenizer, items, "completion"), [source]
 

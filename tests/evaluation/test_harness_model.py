@@ -1,5 +1,6 @@
 """Tasks through trees of tokens: the answers and figures of lm-evaluation-harness's own Hugging Face model."""
 
+import copy
 import io
 import json
 import math
@@ -23,6 +24,7 @@ from support.generated_items import TEXT
 from support.hub_server import Hub
 from support.local_tasks import write_tasks
 from support.processes import run_ranks
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import eval_harness
@@ -116,6 +118,35 @@ def test_a_greedy_answer_is_one(files, tokenizer):
     endings = [ending, ending[:1], [*ending[:-1], (ending[-1] + 1) % 400], [(ending[0] + 1) % 400, *ending[1:]]]
     answers = lm._loglikelihood_tokens([(None, context, each) for each in endings])
     assert [is_greedy for _, is_greedy in answers] == [True, True, False, False]
+
+
+@pytest.mark.parametrize("add_bos_token", [None, True])
+def test_a_tokenizer_s_begin_of_text_token_is_where_the_harness_puts_it(add_bos_token, files, tokenizer, model):
+    tokenizer = copy.deepcopy(tokenizer)
+    if add_bos_token is None:  # the tokenizer puts it there by itself
+        pair = (tokenizer.bos_token, tokenizer.bos_token_id)
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(f"{pair[0]} $A", special_tokens=[pair])
+        assert tokenizer("x").input_ids[0] == tokenizer.bos_token_id
+    tasks = load_tasks([str(files[name]) for name in ("four", "sentences", "pages")])
+    settings = {"tokenizer": tokenizer, "batch_size": 4, "add_bos_token": add_bos_token}
+    found = run_tasks(TreeLM(model, progress=False, **settings), tasks, log_samples=True)
+    expected = evaluate(HFLM(model, **settings), {"tasks": tasks.tasks}, bootstrap_iters=1000)
+    assert_same_answers(found, expected)
+
+
+def test_of_tokens_that_are_equally_likely_the_one_that_the_harness_takes_is_greedy(tokenizer):
+    model = random_model("gpt2scratch", n_positions=WINDOW, tie_word_embeddings=False)
+    context = [5, 17, 300, 2]
+    with torch.no_grad():
+        likeliest = int(model(torch.tensor([context])).logits[0, -1].argmax())
+        twins = [likeliest, (likeliest + 7) % 400, (likeliest + 200) % 400]
+        for twin in twins:
+            model.lm_head.weight[twin] = model.lm_head.weight[likeliest]
+    requests = [(None, context, [twin]) for twin in twins]
+    found = TreeLM(model, tokenizer=tokenizer, batch_size=4, progress=False)._loglikelihood_tokens(requests)
+    expected = HFLM(model, tokenizer=tokenizer, batch_size=4)._loglikelihood_tokens(requests, disable_tqdm=True)
+    assert [is_greedy for _, is_greedy in found] == [is_greedy for _, is_greedy in expected]
+    assert sum(is_greedy for _, is_greedy in found) == 1
 
 
 def test_a_window_that_only_the_deeper_tree_is_longer_than_is_found_out(tokenizer):
