@@ -22,7 +22,7 @@ from accelerate.commands.launch import launch_command_parser
 from conftest import REPOSITORY, make_documents, run, script, succeed
 from support.generated_items import generated_records, write_items
 from support.hub_server import Hub
-from support.local_tasks import write_tasks
+from support.local_tasks import OWN_TASKS_ALONE, write_tasks
 from support.processes import run_ranks
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -154,8 +154,10 @@ def run_command(command: str, world: World) -> None:
             (world.folder / path).write_text("\n".join(DOCUMENTS))
         case ["hf", "upload", *arguments]:
             succeed(run(Path(sys.executable).with_name("hf"), "upload", *arguments, **options))
-        case ["python", "-c", code]:
-            run_code(code, "-c", world)
+        case ["python", "-c", code, *arguments]:
+            if "lm_eval" in code:
+                code, arguments = OWN_TASKS_ALONE + code, [*arguments, "--tasks", "tasks/four.yaml", "--limit", "2"]
+            run_code(code, "-c", world, *arguments)
         case ["python", name, *arguments]:
             run_script(name, arguments, 1, world, "no")
         case ["accelerate", "launch", *arguments]:
@@ -206,10 +208,10 @@ def small_library(folder: Path) -> None:
     sysconfig.get_paths = lambda: {**paths, "stdlib": str(folder)}
 
 
-def run_code(code: str, name: str, world: World) -> None:
+def run_code(code: str, name: str, world: World, *arguments: str) -> None:
     path = world.folder / f"code{name}.py"
     path.write_text(code.replace("USER/", "tester/"))
-    succeed(script(path, cwd=world.folder, **world.environment))
+    succeed(script(path, *arguments, cwd=world.folder, **world.environment))
 
 
 def test_a_command_that_nobody_runs_is_an_error(world):

@@ -5,6 +5,7 @@ import io
 import json
 import re
 import shutil
+import time
 from pathlib import Path
 
 import pyarrow as pa
@@ -442,6 +443,11 @@ def test_from_a_hub_and_back(tmp_path, model_folder):
             )
 
 
+def no_sleep() -> None:
+    """huggingface_hub and datasets wait between their tries to reach the Hub, 25 seconds in all."""
+    time.sleep = lambda seconds: None
+
+
 @pytest.mark.parametrize("is_there", [True, False])
 def test_items_in_the_cache_need_no_hub(tmp_path, model_folder, is_there):
     """Neither one that can be reached, nor one that still has them."""
@@ -456,7 +462,7 @@ def test_items_in_the_cache_need_no_hub(tmp_path, model_folder, is_there):
     before = (tmp_path / "result.json").read_text()
     (tmp_path / "result.json").unlink()
     with Hub() if is_there else contextlib.nullcontext():
-        succeed(script(*command, **environment))
+        succeed(script(*command, fault=no_sleep, **environment))
     assert (tmp_path / "result.json").read_text() == before
 
 

@@ -14,6 +14,7 @@ import yaml
 from conftest import make_documents, run, succeed
 from datasets import Dataset
 from peft import LoraConfig
+from support.local_tasks import OWN_TASKS_ALONE
 from support.processes import free_port, wait_until
 from support.tiny_models import randomise, stock_model_with_the_weights_of, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
@@ -269,7 +270,8 @@ def test_lm_eval_s_command_line_takes_the_folder_with_its_code(folder, stock, to
         generation_kwargs={"do_sample": False, "max_gen_toks": 8, "until": [tokenizer.eos_token]},
         metric_list=[{"metric": "exact_match"}],
     )
-    command = (Path(sys.executable).with_name("lm_eval"), "--model", "hf", "--device", "cpu", "--batch_size", 4)
+    program = f"{OWN_TASKS_ALONE}from lm_eval.__main__ import cli_evaluate; cli_evaluate()"
+    command = (sys.executable, "-P", "-c", program, "run", "--model", "hf", "--device", "cpu", "--batch_size", 4)
     model = ("--model_args", f"pretrained={folder},trust_remote_code=True")
     output = ("--tasks", f"{rolling},{greedy}", "--output_path", tmp_path / "results")
     # Elsewhere than in the repository, so that the model's code can only be the folder's.

@@ -19,7 +19,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 from conftest import REPOSITORY, TINY, metrics, run, script, succeed, train, warnings_in
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, parse_eval_result_entries
 from safetensors.torch import load
 from support import processes
 from support.generated_items import generated_records, write_items
@@ -162,7 +162,10 @@ def test_checkpoints_are_published_while_training_goes_on(data_dir, items_file, 
     arguments += ("--max_steps", 30, "--save_steps", 5, "--save_total_limit", 1, "--eval_steps", 10)
     arguments += ("--logging_steps", 1, "--learning_rate", 3e-3, "--sample_prompts", PROMPT, "--license", "cc-by-4.0")
     arguments += ("--push_to_hub", "--hub_model_id", "model", "--hub_strategy", "checkpoint", "--hub_private_repo")
+    arguments += ("--hellaswag_steps", 5)
+    scores, plot = ".eval_results/hellaswag-completion-protocol.yaml", "plots/hellaswag.png"
     with Hub(token=TOKEN) as hub:
+        hub.add("Rowan/hellaswag", {"validation.jsonl": items_file.read_bytes()})
         with hub.hold("/storage/"):  # the first checkpoint is on its way for as long as the test wants
             running = processes.start("train_accelerate.py", *arguments, **hub.environment(tmp_path / "me"))
             log = tmp_path / "run/metrics.jsonl"
@@ -181,7 +184,14 @@ def test_checkpoints_are_published_while_training_goes_on(data_dir, items_file, 
         _, at_5, *_, final = hub.commits("tester/model", "model")
         early = hub.files("tester/model", "model", revision=at_5)
         late = hub.files("tester/model", "model", revision=final)
-        assert set(early) == WHOLE and set(late) == WHOLE | {"plots/loss.png"}
+        assert set(early) == WHOLE | {scores, plot} and set(late) == WHOLE | {scores, plot, "plots/loss.png"}
+        lines = {line["step"]: line for line in metrics(tmp_path / "run") if "hellaswag_n" in line}
+        for step, files in ((5, early), (30, late)):
+            entries = parse_eval_result_entries(yaml.safe_load(files[scores]))
+            assert [entry.value for entry in entries] == [
+                pytest.approx(lines[step][f"hellaswag_{metric}"], abs=1e-4) for metric in ("acc", "acc_norm")
+            ]
+            assert entries[0].dataset_id == "Rowan/hellaswag" and "8 items" in entries[0].notes
         assert_nothing_private({**early, **{f"late {name}": file for name, file in late.items()}}, tmp_path, data_dir)
         for name in WHOLE - {"README.md"}:
             assert late[name] == (tmp_path / "run" / name).read_bytes(), name
