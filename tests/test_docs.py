@@ -156,7 +156,8 @@ def run_command(command: str, world: World) -> None:
             succeed(run(Path(sys.executable).with_name("hf"), "upload", *arguments, **options))
         case ["python", "-c", code, *arguments]:
             if "lm_eval" in code:
-                code, arguments = OWN_TASKS_ALONE + code, [*arguments, "--tasks", "tasks/four.yaml", "--limit", "2"]
+                code = OWN_TASKS_ALONE + code
+                arguments[arguments.index("--tasks") + 1 :] = ["tasks/four.yaml", "--limit", "2"]
             run_code(code, "-c", world, *arguments)
         case ["python", name, *arguments]:
             run_script(name, arguments, 1, world, "no")
