@@ -32,6 +32,7 @@ class Watchdog:
         self.activity, self.deadline = "starting", float("inf")
         self.answered = 0  # roll calls
         self.is_over = threading.Event()
+        self.threads: list[threading.Thread] = []
         self.store: Any = None  # of a process by itself
         if self.others and "MASTER_PORT" in os.environ:
             address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -41,8 +42,9 @@ class Watchdog:
 
     def __enter__(self) -> "Watchdog":
         if self.store is not None:
-            for target in (self._answer, self._watch):
-                threading.Thread(target=target, daemon=True).start()
+            self.threads = [threading.Thread(target=target, daemon=True) for target in (self._answer, self._watch)]
+            for thread in self.threads:
+                thread.start()
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
@@ -52,6 +54,10 @@ class Watchdog:
             traceback.print_exception(error)
             self._leave(lines)
         self.is_over.set()
+        # Python ends a thread that comes back from C++ while the interpreter shuts down in a way that C++ takes for an
+        # error, and aborts: "terminate called without an active exception". So wait for one that asks the store.
+        for thread in self.threads:
+            thread.join(2 * ANSWER_SECONDS)
 
     def doing(self, activity: str, limited: bool = True) -> None:
         """
