@@ -16,16 +16,15 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM
-
 import modeling_gpt2scratch  # noqa: F401  registers the model type
 from pretraining.cli import flag, parse_arguments, problems_of_range, run_script
 from pretraining.distributed.processes import on_every_process
 from pretraining.errors import UserError
-from pretraining.evaluation.script import EvaluatedModelFlags, ResultFlags, open_accelerator
+from pretraining.evaluation.script import AmountFlags, ResultFlags, open_accelerator
+from pretraining.model_flags import LoadedModelFlags
 from pretraining.publishing.card_edits import update_model_card
 from pretraining.records.task_results import TaskSource, task_results
-from pretraining.training.model import load_model_and_tokenizer
+from pretraining.training.model import load_from_flags
 
 
 @dataclass
@@ -40,11 +39,11 @@ class TaskFlags:
 
 
 @dataclass
-class HarnessArguments(ResultFlags, TaskFlags, EvaluatedModelFlags):
+class HarnessArguments(ResultFlags, TaskFlags, AmountFlags, LoadedModelFlags):
     """All flags, those of the last class first."""
 
     def problems(self) -> list[str]:
-        found = self.problems_of_model()
+        found = self.problems_of_model() + self.problems_of_amount()
         if not self.tasks:
             found.append("--tasks is required: small_lm, or names of the harness's tasks")
         if find_spec("lm_eval") is None:
@@ -52,7 +51,7 @@ class HarnessArguments(ResultFlags, TaskFlags, EvaluatedModelFlags):
         if self.include_path and not Path(self.include_path).is_dir():
             found.append(f"--include_path {self.include_path} is not a folder")
         found += problems_of_range(self, ["num_fewshot"], 0)
-        return found + self.problems_of_results(self)
+        return found + self.problems_of_results(self, self.limit)
 
 
 def main() -> None:
@@ -64,12 +63,7 @@ def main() -> None:
 
     tasks = on_every_process(lambda: load_tasks(args.tasks, args.include_path, args.num_fewshot))
     sources = sources_of(tasks, args.limit)
-    model, tokenizer = load_model_and_tokenizer(
-        AutoModelForCausalLM,
-        args.model_name_or_path,
-        revision=args.model_revision or "main",
-        trust_remote_code=args.trust_remote_code,
-    )
+    model, tokenizer = load_from_flags(args)
     model.to(accelerator.device)
     lm = TreeLM(model, accelerator, tokenizer=tokenizer, batch_size=args.per_device_eval_batch_size)
     if problems := tasks.problems(lm.max_length):

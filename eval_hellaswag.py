@@ -16,8 +16,6 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import AutoModelForCausalLM
-
 import modeling_gpt2scratch  # noqa: F401  registers the model type
 from pretraining.cli import flag, parse_arguments, run_script
 from pretraining.evaluation.hellaswag_items import (
@@ -32,10 +30,11 @@ from pretraining.evaluation.hellaswag_items import (
     window_of,
 )
 from pretraining.evaluation.hellaswag_scoring import load_metric, score_on_all_processes, summarise
-from pretraining.evaluation.script import EvaluatedModelFlags, ResultFlags, open_accelerator
+from pretraining.evaluation.script import AmountFlags, ResultFlags, open_accelerator
+from pretraining.model_flags import LoadedModelFlags
 from pretraining.publishing.card_edits import update_model_card
 from pretraining.records.task_results import task_results
-from pretraining.training.model import load_model_and_tokenizer
+from pretraining.training.model import load_from_flags
 
 
 @dataclass
@@ -48,14 +47,14 @@ class ItemFlags:
 
 
 @dataclass
-class HellaSwagArguments(ResultFlags, ItemFlags, EvaluatedModelFlags):
+class HellaSwagArguments(ResultFlags, ItemFlags, AmountFlags, LoadedModelFlags):
     """All flags, those of the last class first."""
 
     def problems(self) -> list[str]:
-        found = self.problems_of_model()
+        found = self.problems_of_model() + self.problems_of_amount()
         if self.data_file and self.dataset_name:
             found.append("--data_file and --dataset_name are two sources: give one of them")
-        return found + self.problems_of_results(self)
+        return found + self.problems_of_results(self, self.limit)
 
     def source(self) -> str:
         return self.data_file or self.dataset_name or HELLASWAG
@@ -72,12 +71,7 @@ def main() -> None:
         items, revision = load_items(args.data_file, args.limit), None
     else:
         items, revision = load_hub_items(args.source(), args.limit)
-    model, tokenizer = load_model_and_tokenizer(
-        AutoModelForCausalLM,
-        args.model_name_or_path,
-        revision=args.model_revision or "main",
-        trust_remote_code=args.trust_remote_code,
-    )
+    model, tokenizer = load_from_flags(args)
     model.to(accelerator.device)
     encoded = encode_items(model.config, tokenizer, items, args.protocol)
     if accelerator.is_main_process and (cut := [item.ind for item in encoded if item.is_cut]):

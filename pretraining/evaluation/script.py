@@ -1,4 +1,4 @@
-"""What the evaluation scripts share: flags for the model and its results, the launch, and the files of results."""
+"""What the evaluation scripts share: flags for items and results, the launch, and the files of results."""
 
 import os
 from dataclasses import dataclass
@@ -12,28 +12,20 @@ from pretraining.distributed.launcher import told_precision
 from pretraining.distributed.processes import check_launch, open_state
 from pretraining.errors import UserError
 from pretraining.files import write_text
+from pretraining.model_flags import LoadedModelFlags
 
 
 @dataclass
-class EvaluatedModelFlags:
-    _argument_group_name = "model, and how much it is given"
+class AmountFlags:
+    _argument_group_name = "amount"
 
-    model_name_or_path: str = flag(None, "the model, with its tokenizer: a folder, or a name on the Hub (required)")
-    model_revision: str | None = flag(None, "branch, tag or commit of a model on the Hub")
-    trust_remote_code: bool = flag(False, "run the modeling code that comes with the model; read it first")
     limit: int | None = flag(None, "only the first so many items, of each task")
-    per_device_eval_batch_size: int = flag(8, "a batch has as many tokens as so many of the longest requests")
+    per_device_eval_batch_size: int = flag(
+        8, "items at once; of tasks, as many tokens as so many of the longest requests have"
+    )
 
-    def problems_of_model(self) -> list[str]:
-        found = []
-        if not self.model_name_or_path:
-            found.append("--model_name_or_path is required: a folder, or a name on the Hub")
-        if self.is_folder() and self.model_revision:
-            found.append(f"--model_revision is for a model on the Hub, {self.model_name_or_path} is a folder")
-        return found + problems_of_range(self, ["per_device_eval_batch_size", "limit"], 1)
-
-    def is_folder(self) -> bool:
-        return bool(self.model_name_or_path) and Path(self.model_name_or_path).is_dir()
+    def problems_of_amount(self) -> list[str]:
+        return problems_of_range(self, ["per_device_eval_batch_size", "limit"], 1)
 
 
 @dataclass
@@ -46,7 +38,7 @@ class ResultFlags:
         False, "put the result into the model's card and its .eval_results, in its folder or on the Hub"
     )
 
-    def problems_of_results(self, model: EvaluatedModelFlags) -> list[str]:
+    def problems_of_results(self, model: LoadedModelFlags, limit: int | None) -> list[str]:
         """Return what can be known before an hour of scoring."""
         found, folder = [], Path(model.model_name_or_path or "")
         for name in ("output_file", "predictions_file"):
@@ -54,7 +46,7 @@ class ResultFlags:
                 found.append(f"--{name} {value} {problem}")
         if self.output_file and self.predictions_file and Path(self.output_file) == Path(self.predictions_file):
             found.append(f"--output_file and --predictions_file are the same file, {self.output_file}")
-        if self.update_model_card and model.limit:
+        if self.update_model_card and limit:
             found.append("--update_model_card is for a result of all items, not for a --limit")
         if self.update_model_card and model.model_revision and not model.is_folder():
             found.append("--update_model_card is for the newest revision of a model, not for a --model_revision")

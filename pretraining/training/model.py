@@ -19,6 +19,7 @@ from pretraining.cli import parse_pairs
 from pretraining.errors import UserError, counted, nearest, one_line
 from pretraining.hub import check_name
 from pretraining.kernels.tiled_attention import TILED
+from pretraining.model_flags import LoadedModelFlags
 from pretraining.tokenization.tokenizer import load_tokenizer, open_tokenizer, tokenizer_fingerprint
 
 CAUSAL_MASK = r"\.attn\.(masked_)?bias$"  # a buffer of old stock checkpoints, no weight
@@ -98,6 +99,16 @@ def load_model_and_tokenizer(
         UserError: if either cannot be loaded.
     """
     return load_model(model_class, name_or_path, **options), open_tokenizer(name_or_path, **options)
+
+
+def load_from_flags(flags: LoadedModelFlags) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load the model and tokenizer that the flags name, as `load_model_and_tokenizer` does."""
+    return load_model_and_tokenizer(
+        AutoModelForCausalLM,
+        flags.model_name_or_path,
+        revision=flags.model_revision or "main",
+        trust_remote_code=flags.trust_remote_code,
+    )
 
 
 def load_config(
