@@ -21,6 +21,16 @@ def write_text(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
+def unwritable(path: Path) -> str | None:
+    """Return what keeps a file from being written, as far as it can be seen."""
+    if os.path.isdir(path):  # which a name that is too long is no error for
+        return "is a folder: give the name of a file"
+    parent = next(parent for parent in path.absolute().parents if parent.exists())
+    if not parent.is_dir():
+        return f"cannot be written: {parent} is not a folder"
+    return None if os.access(parent, os.W_OK) else f"cannot be written: no permission to write in {parent}"
+
+
 @contextlib.contextmanager
 def folder_in_progress(final: Path, contents: set[str]) -> Iterator[Path]:
     """

@@ -1,6 +1,5 @@
 """What the evaluation scripts share: flags for items and results, the launch, and the files of results."""
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from pretraining.cli import flag, problems_of_range
 from pretraining.distributed.launcher import told_precision
 from pretraining.distributed.processes import check_launch, open_state
 from pretraining.errors import UserError
-from pretraining.files import write_text
+from pretraining.files import unwritable, write_text
 from pretraining.model_flags import LoadedModelFlags
 
 
@@ -79,13 +78,3 @@ def open_accelerator() -> Accelerator:
     if state.device.type == "cpu":
         hardware.keep_freed_memory()
     return Accelerator(cpu=state.device.type == "cpu", mixed_precision=told_precision() or "no")
-
-
-def unwritable(path: Path) -> str | None:
-    """Return what keeps a file from being written, as far as it can be seen."""
-    if os.path.isdir(path):  # which a name that is too long is no error for
-        return "is a folder: give the name of a file"
-    parent = next(parent for parent in path.absolute().parents if parent.exists())
-    if not parent.is_dir():
-        return f"cannot be written: {parent} is not a folder"
-    return None if os.access(parent, os.W_OK) else f"cannot be written: no permission to write in {parent}"

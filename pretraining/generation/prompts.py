@@ -1,0 +1,107 @@
+"""Prompts: where they come from, and how they fit into a model's positions."""
+
+import json
+import sys
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from pretraining.cli import flag
+from pretraining.errors import UserError
+
+
+@dataclass
+class PromptFlags:
+    _argument_group_name = "prompts; without one, a session at the terminal, or standard input as one prompt"
+
+    prompt: list[str] = flag([], "beginnings of texts", nargs="+")
+    prompt_file: str | None = flag(
+        None, "a file with a prompt a line; if its name ends with .jsonl, each a JSON object with a `prompt`"
+    )
+    truncate: bool = flag(False, "let a prompt that is longer than the model's positions lose its beginning")
+
+    def problems_of_prompts(self) -> list[str]:
+        if self.prompt and self.prompt_file:
+            return ["--prompt and --prompt_file are two sources: give one of them"]
+        return []
+
+    def read_prompts(self) -> list[str] | None:
+        """
+        Return the prompts, or None if a person at a terminal is to be asked for them.
+
+        Raises:
+            UserError: if the file cannot be read or has no prompts; for lines without one, a line each.
+        """
+        if self.prompt_file:
+            return read_prompt_file(Path(self.prompt_file))
+        if self.prompt or sys.stdin.isatty():
+            return self.prompt or None
+        return [sys.stdin.read().removesuffix("\n")]
+
+
+def read_prompt_file(path: Path) -> list[str]:
+    """See `PromptFlags.read_prompts`."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--prompt_file {path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    if path.suffix != ".jsonl":
+        prompts = [line for line in lines if line.strip()]
+    else:
+        prompts, problems = [], []
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                try:
+                    prompts.append(_prompt_of(line))
+                except ValueError as error:
+                    problems.append(f"--prompt_file {path} line {number}: {error}")
+        if problems:
+            raise UserError(*problems[:10])
+    if not prompts:
+        raise UserError(f"--prompt_file {path} has no prompts")
+    return prompts
+
+
+def _prompt_of(line: str) -> str:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        raise ValueError("is not a JSON object") from None
+    if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
+        raise ValueError("is not a JSON object with a text as its `prompt`")
+    return record["prompt"]
+
+
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, num_positions: int | None, max_new_tokens: int, truncate: bool
+) -> tuple[list[int], str | None]:
+    """
+    Return a prompt's token ids, and what is to be said about it. The ids are those of the text as it stands, as
+    `pipeline("text-generation")` has them; an empty prompt is the token that begins, or ends, a text.
+
+    Args:
+        num_positions: of the model, None if they are not limited.
+        truncate: let a prompt that leaves no room for a new token lose its beginning, so that there is room for
+            `max_new_tokens`, or for half of the positions if that is less.
+
+    Raises:
+        UserError: if the prompt is too long.
+    """
+    token_ids = tokenizer(prompt, verbose=False)["input_ids"]
+    if not token_ids:
+        first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+        if first is None:
+            raise UserError("an empty prompt needs a tokenizer with a token that begins or ends a text: give a prompt")
+        token_ids = [first]
+    if num_positions is None or len(token_ids) < num_positions:
+        return token_ids, None
+    name = f"the prompt {textwrap.shorten(prompt, 40)!r} has {len(token_ids):,} tokens"
+    if not truncate:
+        raise UserError(
+            f"{name}, which leave no room in the model's {num_positions:,} positions: make it shorter, or "
+            "give --truncate"
+        )
+    kept = num_positions - min(max_new_tokens, num_positions // 2)
+    return token_ids[-kept:], f"{name}: only the last {kept:,} are used"
