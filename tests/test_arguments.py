@@ -8,7 +8,9 @@ from typing import Literal
 
 import pytest
 
+import eval_harness
 import eval_hellaswag
+import generate
 import prepare_data
 import publish_model
 import train_accelerate
@@ -104,7 +106,7 @@ def test_a_recipe_that_cannot_be_read_is_named(content, message, tmp_path):
 
 
 # Their --help.
-SCRIPTS = [train_accelerate, prepare_data, eval_hellaswag, publish_model]
+SCRIPTS = [train_accelerate, prepare_data, eval_hellaswag, eval_harness, generate, publish_model]
 
 
 @pytest.mark.parametrize("module", SCRIPTS, ids=lambda module: module.__name__)

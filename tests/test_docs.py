@@ -32,7 +32,8 @@ from pretraining.training.flags import TrainArguments
 
 DOCUMENTS = make_documents(300, seed=5)
 REQUIREMENTS = ["requirements.txt", "requirements-dev.txt"]
-SCRIPTS = ["train_accelerate.py", "prepare_data.py", "eval_hellaswag.py", "eval_harness.py", "publish_model.py"]
+SCRIPTS = """train_accelerate.py prepare_data.py eval_hellaswag.py eval_harness.py generate.py
+    publish_model.py""".split()
 # In this order: the first of them makes data/demo and runs/demo, which the others use.
 PAGES = ["configs/demo.yaml", "README.md", "CONTRIBUTING.md"]
 PAGES += sorted(str(path.relative_to(REPOSITORY)) for path in REPOSITORY.glob("docs/*.md"))
@@ -45,6 +46,7 @@ SMALLER = {
         --tokens_per_step 128 --eval_iters 1 --torch_compile False --dataloader_num_workers 0 --report_to none""",
     "eval_hellaswag.py": "",
     "eval_harness.py": "--tasks tasks/four.yaml --limit 2",
+    "generate.py": "--max_new_tokens 3",
     "publish_model.py": "",
 }
 SMALL_MODEL = "n_layer=1,n_embd=32,n_head=2,n_positions=128"
@@ -69,6 +71,7 @@ def world(tmp_path_factory):
     for number, text in enumerate(DOCUMENTS):
         (folder / f"texts/{number}.txt").write_text(text)
         (folder / f"library/{number}.py").write_text(text)
+    (folder / "prompts.txt").write_text("def \nclass \n")
     (folder / "tasks").mkdir()
     write_tasks(folder / "tasks")
     write_items(folder / "hellaswag_val.jsonl", generated_records(4))

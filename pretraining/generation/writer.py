@@ -60,16 +60,17 @@ class TextWriter:
         ends = model.generation_config.eos_token_id
         ends = tokenizer.eos_token_id if ends is None else ends
         self.eos_token_ids = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-        pad = tokenizer.pad_token_id
-        self.pad_token_id = pad if pad is not None else self.eos_token_ids[0] if self.eos_token_ids else 0
+        pads = [tokenizer.pad_token_id, tokenizer.eos_token_id, 0]
+        self.pad_token_id = next(each for each in pads if each is not None)
 
     def encode(self, prompts: list[str], settings: GenerationFlags) -> tuple[list[Encoded], list[str]]:
         """
         Return the prompts in tokens, and what is to be said about them.
 
         Raises:
-            UserError: for a prompt that is too long.
+            UserError: for each prompt that is too long, or has tokens that the model does not have.
         """
+        vocab_size = self.model.config.get_text_config().vocab_size
         encoded: list[Encoded] = []
         messages: list[str] = []
         problems: list[str] = []
@@ -80,6 +81,9 @@ class TextWriter:
                 )
             except UserError as error:
                 problems += error.problems
+                continue
+            if (largest := max(token_ids)) >= vocab_size:
+                problems.append(f"the tokenizer gave token {largest:,}, but the model has only {vocab_size:,}")
                 continue
             room = settings.max_new_tokens
             if self.num_positions is not None:
