@@ -113,7 +113,8 @@ def main() -> None:
         print(f"written as {output_dir}")
     if args.push_to_hub:
         message = f"Published by gpt2scratch{f' as {args.format}' if args.format else ''}"
-        print(f"published as {push(output_dir, repo_id, args.hub_private_repo, message, args.license)}")
+        address = push(output_dir, repo_id, args.hub_private_repo, message, args.license, args.stock_branch)
+        print(f"published as {address}")
 
 
 def convert(args: PublishArguments, format: ConvertedFormat, folder: Path, output_dir: Path) -> None:

@@ -40,6 +40,9 @@ class HubFlags:
 
     push_to_hub: bool = flag(False, "publish the model on the Hub")
     hub_model_id: str | None = flag(None, "under this name; that of its folder if left out")
+    stock_branch: bool = flag(
+        True, "also put the model, as a stock GPT-2 that needs no remote code, on the branch gpt2 of the repository"
+    )
     hub_private_repo: bool = flag(False, "make the repository a private one, if it is not there yet")
     license: str | None = flag(
         None, f"of the weights, as the Hub names it; if left out, as the model card has it, {LICENSE} in a new one"

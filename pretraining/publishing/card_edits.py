@@ -12,7 +12,7 @@ from pretraining.errors import UserError, one_line
 from pretraining.files import write_text
 from pretraining.publishing.eval_results import card_entries, result_files
 from pretraining.publishing.model_card import CARD, USE, title_of
-from pretraining.publishing.usage import ConvertedFormat, example_prompt, quoted, usage
+from pretraining.publishing.usage import STOCK_BRANCH, ConvertedFormat, example_prompt, quoted, usage
 from pretraining.records.task_results import TaskResult
 
 STRING = r'"(?:[^"\\\n]|\\.)*"'  # between quotes, with escapes
@@ -28,6 +28,7 @@ def converted_card(
     config: PreTrainedConfig,
     outtype: str = "f32",
     license: str | None = None,
+    revision: str | None = None,
 ) -> ModelCard:
     """
     The card of a model in another format, made of its own: with an example for that format. All else stays, what
@@ -38,21 +39,43 @@ def converted_card(
         folder: where the converted model is.
         outtype: the type of its matrices.
         license: of the weights, None to leave it.
+        revision: of a repository of this name, where the converted model is.
     """
     card = renamed_card(text, str(folder), license)
     data: Any = card.data
     data.library_name = LIBRARY[format]
     data.pipeline_tag = "text-generation"
     data.tags = list(dict.fromkeys([*(data.tags or ["gpt2"]), *([format] if format != "gpt2" else [])]))
-    prompt = re.search(rf"generator\(({STRING})", card.text)
-    prompts = [json.loads(prompt[1])] if prompt else []
+    example = usage(format, str(folder), example_prompt(_prompts(card), config), config, revision)
     converted = f"Converted to {NAMES[format]}, in {outtype}. The figures below were measured before that."
-    section = f"{USE}\n\n{converted}\n\n{usage(format, str(folder), example_prompt(prompts, config), config)}\n\n"
+    section = f"{USE}\n\n{converted}\n\n{example}\n\n"
     if USE_SECTION.search(card.text):
         card.text = USE_SECTION.sub(lambda _: section, card.text)
     else:
         card.text = f"{card.text.rstrip()}\n\n{section}"
     return card
+
+
+def card_with_stock_branch(card: ModelCard, repo_id: str, config: PreTrainedConfig) -> ModelCard:
+    """Return a card that shows, besides, how the model is loaded from the branch with its stock form."""
+    if f"revision={quoted(STOCK_BRANCH)}" in card.text:
+        return card
+    example = usage("gpt2", repo_id, example_prompt(_prompts(card), config), config, STOCK_BRANCH)
+    words = (
+        f"The branch `{STOCK_BRANCH}` has the same model as a stock GPT-2. It needs no remote code, and is for vLLM, "
+        "llama.cpp's converter and other programs that know GPT-2, too:"
+    )
+    if USE_SECTION.search(card.text):
+        card.text = USE_SECTION.sub(lambda use: f"{use[0].rstrip()}\n\n{words}\n\n{example}\n\n", card.text)
+    else:
+        card.text = f"{card.text.rstrip()}\n\n## Without remote code\n\n{words}\n\n{example}\n"
+    return card
+
+
+def _prompts(card: ModelCard) -> list[str]:
+    """Return the prompt of the card's example, if it has one."""
+    prompt = re.search(rf"generator\(({STRING})", card.text)
+    return [json.loads(prompt[1])] if prompt else []
 
 
 def renamed_card(text: str | None, name: str, license: str | None) -> ModelCard:

@@ -8,8 +8,12 @@ from transformers.dynamic_module_utils import get_relative_import_files
 
 from pretraining.errors import UserError, one_line
 from pretraining.hub import create_repository, hub_errors_as_user_errors
-from pretraining.publishing.card_edits import renamed_card
+from pretraining.publishing.card_edits import card_with_stock_branch, renamed_card
+from pretraining.publishing.eval_results import FOLDER as RESULTS
 from pretraining.publishing.model_card import CARD
+from pretraining.publishing.stock_branch import has_stock_form, is_half_pushed, push_stock_form, stock_form
+from pretraining.publishing.usage import STOCK_BRANCH
+from pretraining.records.run_files import PLOTS
 
 CONFIG, CODE = "config.json", "modeling_gpt2scratch.py"
 # Of the folder of a run, a checkpoint or an exported model, beside its code and card. No optimizer's state, log, or
@@ -20,10 +24,21 @@ PUBLISHED = """config.json generation_config.json model.safetensors model-*-of-*
     model.gguf onnx/model.onnx onnx/model.onnx_data""".split()
 
 
-def push(folder: Path, repo_id: str, private: bool, message: str, license: str | None = None) -> str:
+def push(
+    folder: Path,
+    repo_id: str,
+    private: bool,
+    message: str,
+    license: str | None = None,
+    stock_branch: bool = False,
+) -> str:
     """
     Publish a folder's model on the Hub, in one commit, its card under the repository's name. What was uploaded before
     an earlier attempt broke off is not uploaded again. Other files of the repository stay. Returns its address.
+
+    Args:
+        stock_branch: write the model's stock form, if it has one, to a branch first. A push that breaks off in between
+            is noticed and completed by the next one.
 
     Raises:
         UserError: if card or weights cannot be read, or the Hub refuses or cannot be reached. There is no half of it.
@@ -37,6 +52,14 @@ def push(folder: Path, repo_id: str, private: bool, message: str, license: str |
         raise UserError(f"{folder / CARD} tells a path of this machine, {folder.resolve()}: take it out")
     repo_id = create_repository(repo_id, private)  # its whole name
     card = renamed_card(text, repo_id, license)
+    if stock_branch and has_stock_form(folder):
+        with hub_errors_as_user_errors(repo_id):
+            if is_half_pushed(repo_id, folder):
+                print(f"{repo_id}: the branch {STOCK_BRANCH} was written, but main was not; this push completes it")
+        results = [path for path in files if path.parent.name in (PLOTS, RESULTS)]
+        with stock_form(folder) as (form, config), hub_errors_as_user_errors(repo_id):
+            push_stock_form(form, folder, results, repo_id, card, config)
+            card = card_with_stock_branch(card, repo_id, config)
     with hub_errors_as_user_errors(repo_id):
         operations = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files]
         operations.append(CommitOperationAdd(CARD, str(card).encode()))

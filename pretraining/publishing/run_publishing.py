@@ -78,7 +78,14 @@ def publish_run(args: TrainArguments, repo_id: str) -> None:
     Raises:
         UserError: see `push`.
     """
-    address = push(Path(args.output_dir), repo_id, args.hub_private_repo, "Trained by gpt2scratch", args.license)
+    address = push(
+        Path(args.output_dir),
+        repo_id,
+        args.hub_private_repo,
+        "Trained by gpt2scratch",
+        args.license,
+        args.stock_branch,
+    )
     print(f"published as {address}")
 
 

@@ -9,10 +9,11 @@ from transformers import PreTrainedConfig
 ConvertedFormat = Literal["gpt2", "gguf", "onnx"]
 Format = Literal["gpt2scratch", ConvertedFormat]
 
+STOCK_BRANCH = "gpt2"  # of a repository, with the stock form of its model
 PIPELINE = """```python
 from transformers import pipeline
 
-generator = pipeline("text-generation", model={name}{trust})
+generator = pipeline("text-generation", model={name}{revision}{trust})
 print(generator({prompt}, max_new_tokens={new_tokens})[0]["generated_text"])
 ```"""
 GGUF = """With transformers (`pip install transformers gguf`):
@@ -75,15 +76,17 @@ USAGE: dict[Format, str] = {
 }
 
 
-def usage(format: Format, name: str, prompt: str, config: PreTrainedConfig) -> str:
+def usage(format: Format, name: str, prompt: str, config: PreTrainedConfig, revision: str | None = None) -> str:
     """
-    An example that works when it is pasted.
+    Return an example that works when it is pasted.
 
     Args:
         prompt: of at most half as many bytes, and so tokens, as the model has positions.
+        revision: of the repository, `main` if left out.
     """
     return USAGE[format].format(
         name=quoted(name),
+        revision=f", revision={quoted(revision)}" if revision else "",
         prompt=quoted(prompt),
         shell_prompt=shlex.quote(prompt),
         new_tokens=min(60, config.n_positions // 2),

@@ -30,7 +30,7 @@ NEUTRAL = """output_dir data_dir dataset_name dataset_config_name dataset_revisi
     logging_steps eval_steps eval_iters hellaswag_steps hellaswag_file
     eval_tasks eval_tasks_steps eval_tasks_limit sample_steps
     sample_prompts save_steps save_total_limit resume_from_checkpoint allow_changes report_to
-    push_to_hub hub_model_id hub_strategy hub_private_repo license config_name config_overrides
+    push_to_hub hub_model_id hub_strategy stock_branch hub_private_repo license config_name config_overrides
     auto_batch_size max_nonfinite_steps ddp_timeout"""
 
 

@@ -275,11 +275,11 @@ def test_a_finished_run_is_published_by_a_command(run_dir, data_dir, use_hub, pu
         hub.fail(times=1, status=500, matching="/commit/")  # when the weights are there already
         status, _, errors = publish(*command)
         assert status == 2 and errors.count("\n") == 1 and "--push_to_hub us/model failed: " in errors
-        assert titles(hub, "us/model") == ["initial commit"] and weights_sent(hub) == 1
+        assert titles(hub, "us/model") == ["initial commit"] and weights_sent(hub) == 1  # those of the branch gpt2
 
         status, output, errors = publish(*command, "--license", "odc-by")
         assert (status, errors) == (0, "") and output.startswith("published as us/model, revision ")
-        assert weights_sent(hub) == 1
+        assert weights_sent(hub) == 2  # and now those of main
         assert hub.commits("us/model", "model")[-1] in output
         files = hub.files("us/model", "model")
         assert set(files) == WHOLE | {"plots/loss.png", "plots/hellaswag.png"}
@@ -330,7 +330,7 @@ def test_a_push_that_was_killed_goes_on_where_it_was(run_dir, tmp_path):
             running.wait()
         assert titles(hub, "us/model") == ["initial commit"]
         assert "published as us/model, revision " in succeed(script(*command, **environment)).stdout
-        assert weights_sent(hub) == 1
+        assert weights_sent(hub) == 2  # those of the branch gpt2 before, those of main now
         assert hub.files("us/model", "model")["model.safetensors"] == (run_dir / "model.safetensors").read_bytes()
 
 
@@ -803,3 +803,71 @@ def test_a_conversion_that_fails_leaves_nothing(run_dir, tmp_path, publish):
 
 def no_room_for_weights() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+
+
+STOCK_FILES = {"config.json", "generation_config.json", "model.safetensors", "README.md", *TOKENIZER}
+
+
+def test_the_branch_gpt2_has_the_model_without_remote_code(run_dir, tmp_path, use_hub, publish):
+    command = ("--model_name_or_path", run_dir, "--push_to_hub", "--hub_model_id", "us/model")
+    with Hub(token=TOKEN) as hub:
+        use_hub(hub)
+        assert publish(*command)[0] == 0
+        files, main = (hub.files("us/model", "model", revision) for revision in ("gpt2", "main"))
+        plots = {name for name in main if name.startswith("plots/")}
+        assert set(files) == STOCK_FILES | plots and plots and not any(name.endswith(".py") for name in files)
+        assert "auto_map" not in json.loads(files["config.json"])
+        cards = [main["README.md"].decode(), files["README.md"].decode()]
+        assert code_blocks(cards[0])[1] == code_blocks(cards[1])[0]
+        assert 'model="us/model", revision="gpt2")' in code_blocks(cards[1])[0]
+        assert "trust_remote_code" not in cards[1] and 'model="us/model", trust_remote_code=True' in cards[0]
+        assert_nothing_private({**files, "main": main["README.md"]}, run_dir)
+        program = f"""
+import importlib.util, torch
+from transformers import AutoModelForCausalLM
+assert importlib.util.find_spec("modeling_gpt2scratch") is None
+model = AutoModelForCausalLM.from_pretrained("us/model", revision="gpt2")
+assert type(model).__name__ == "GPT2LMHeadModel"
+ids = torch.randint(1, 320, (2, 32), generator=torch.Generator().manual_seed(0))
+torch.save(model(ids).logits, "logits.pt")
+exec(compile({code_blocks(cards[0])[1]!r}, "card", "exec"))
+"""
+        elsewhere = {"PYTHONPATH": "", "PYTHONSAFEPATH": "1", **hub.environment(tmp_path / "you")}
+        succeed(run(sys.executable, "-c", program, cwd=tmp_path, **elsewhere))
+        assert_same_logits(lambda ids: torch.load(tmp_path / "logits.pt"), run_dir)
+
+        # Again, and for other weights: the branch follows.
+        before = len(hub.repositories["model", "us/model"].branches["gpt2"])
+        assert publish(*command)[0] == 0
+        assert len(hub.repositories["model", "us/model"].branches["gpt2"]) == before
+        other = run_dir / "checkpoint-000060"
+        assert publish("--model_name_or_path", other, *command[2:])[0] == 0
+        assert hub.files("us/model", "model", "gpt2")["model.safetensors"] != files["model.safetensors"]
+
+
+def test_a_push_that_broke_off_between_branch_and_main_is_noticed_and_completed(run_dir, use_hub, publish):
+    command = ("--model_name_or_path", run_dir, "--push_to_hub", "--hub_model_id", "us/model")
+    notice = "us/model: the branch gpt2 was written, but main was not; this push completes it\n"
+    with Hub(token=TOKEN) as hub:
+        use_hub(hub)
+        hub.fail(times=1, status=500, matching="/commit/main")
+        status, output, errors = publish(*command)
+        assert (status, output) == (2, "") and errors.count("\n") == 1
+        assert (
+            titles(hub, "us/model") == ["initial commit"] and "gpt2" in hub.repositories["model", "us/model"].branches
+        )
+        status, output, errors = publish(*command)
+        assert (status, errors) == (0, "") and output.startswith(notice)
+        assert set(hub.files("us/model", "model")) >= WHOLE
+        status, output, _ = publish(*command)
+        assert status == 0 and notice not in output
+
+
+def test_without_the_branch_nothing_is_converted(run_dir, use_hub, publish):
+    with Hub(token=TOKEN) as hub:
+        use_hub(hub)
+        command = ("--model_name_or_path", run_dir, "--push_to_hub", "--hub_model_id", "us/model")
+        assert publish(*command, "--stock_branch", "false")[0] == 0
+        assert set(hub.repositories["model", "us/model"].branches) == {"main"}
+        assert 'revision="gpt2"' not in hub.files("us/model", "model")["README.md"].decode()
+    assert not list(run_dir.glob("gpt2*"))

@@ -1,7 +1,8 @@
 """A Hugging Face Hub on loopback, in memory, that the true clients use over real HTTP.
 
-It keeps models, datasets and Spaces with every commit on `main`. It has no pull requests, branches or tags, checks no
-YAML, and serves LFS files itself where the real Hub redirects to a CDN. A new repository has one commit without files.
+It keeps models, datasets and Spaces with every commit on `main` and other branches. It has no pull requests or tags,
+checks no YAML, and serves LFS files itself where the real Hub redirects to a CDN. A new repository has one commit
+without files.
 """
 
 import base64
@@ -96,21 +97,26 @@ class Commit:
 @dataclass
 class Repository:
     private: bool = False
-    commits: list[Commit] = field(default_factory=list)
+    branches: dict[str, list[Commit]] = field(default_factory=lambda: {"main": []})
 
-    def commit(self, title: str, files: dict[str, File]) -> Commit:
+    @property
+    def commits(self) -> list[Commit]:
+        return self.branches["main"]
+
+    def commit(self, title: str, files: dict[str, File], branch: str = "main") -> Commit:
         date = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
-        sha = git_id("commit", repr((len(self.commits), title, date, sorted(files))).encode())
-        self.commits.append(Commit(sha, title, date, files))
-        return self.commits[-1]
+        commits = self.branches[branch]
+        sha = git_id("commit", repr((branch, len(commits), title, date, sorted(files))).encode())
+        commits.append(Commit(sha, title, date, files))
+        return commits[-1]
 
     def at(self, revision: str) -> Commit:
-        for commit in self.commits:
+        for commit in (commit for commits in self.branches.values() for commit in commits):
             if revision == commit.sha:
                 return commit
-        if revision != "main":
+        if revision not in self.branches:
             raise Refusal(404, f"Invalid rev id: {revision}", "RevisionNotFound")
-        return self.commits[-1]
+        return self.branches[revision][-1]
 
     def with_last_commit(self, entry: dict, commit: Commit) -> dict:
         """Say which commit gave a file or folder the content that it has in `commit`."""
@@ -429,6 +435,33 @@ class Handler(BaseHTTPRequestHandler):
             found = [repository.with_last_commit(entry, commit) for entry in found]
         return found
 
+    @route("POST", "/api/KIND/ID/branch/REV", writes=True)
+    def branch(self, kind, repo_id, name):
+        repository = self.repository(kind, repo_id)
+        if name in repository.branches:
+            raise Refusal(409, f"Reference already exists: refs/heads/{name}")
+        start = repository.at(json.loads(self.body or b"{}").get("startingPoint", "main"))
+        commits = next(commits for commits in repository.branches.values() if start in commits)
+        repository.branches[name] = commits[: commits.index(start) + 1]
+        return {}
+
+    @route("GET", "/api/KIND/ID/refs")
+    def refs(self, kind, repo_id):
+        branches = [
+            {"name": name, "ref": f"refs/heads/{name}", "targetCommit": commits[-1].sha}
+            for name, commits in self.repository(kind, repo_id).branches.items()
+        ]
+        return {"branches": branches, "converts": [], "tags": []}
+
+    @route("GET", "/api/KIND/ID/commits/REV")
+    def list_commits(self, kind, repo_id, revision):
+        """Of a branch, the newest first, on one page."""
+        commits = self.repository(kind, repo_id).branches[revision]
+        return [
+            {"id": commit.sha, "title": commit.title, "message": "", "date": commit.date, "authors": []}
+            for commit in reversed(commits)
+        ]
+
     @route("POST", "/api/KIND/ID/paths-info/REV")
     def paths_info(self, kind, repo_id, revision):
         repository, form = self.repository(kind, repo_id), parse_qs(self.body.decode())
@@ -472,16 +505,16 @@ class Handler(BaseHTTPRequestHandler):
     @route("POST", "/api/KIND/ID/commit/REV", writes=True)
     def commit(self, kind, repo_id, revision):
         repository = self.repository(kind, repo_id)
-        head = repository.at("main")
-        if repository.at(revision) is not head or "create_pr" in self.query:
-            raise Refusal(400, "This Hub takes commits on the head of main alone")
+        if revision not in repository.branches or "create_pr" in self.query:
+            raise Refusal(400, "This Hub takes commits on the heads of branches alone")
+        head = repository.at(revision)
         header, *operations = [json.loads(line) for line in self.body.splitlines()]
         if header["value"].get("parentCommit", head.sha) != head.sha:
             raise Refusal(412, "A commit has happened since. Please refresh and try again.")
         files = dict(head.files)
         for operation in operations:
             self.change(files, operation["key"], **operation["value"])
-        commit = repository.commit(header["value"]["summary"], files)
+        commit = repository.commit(header["value"]["summary"], files, revision)
         url = f"{self.page(kind.removesuffix('s'), repo_id)}/commit/{commit.sha}"
         return {"success": True, "commitOid": commit.sha, "commitUrl": url}
 
