@@ -108,7 +108,10 @@ def write_texts(args: GenerateArguments, writer: TextWriter, prompts: list[str])
         interrupt = error
     in_order = [text for index in sorted(texts) for text in texts[index]]
     if args.output_file:
-        write_text(Path(args.output_file), "".join(json.dumps(asdict(text)) + "\n" for text in in_order))
+        try:
+            write_text(Path(args.output_file), "".join(json.dumps(asdict(text)) + "\n" for text in in_order))
+        except OSError as error:
+            raise UserError(f"--output_file {args.output_file} cannot be written: {error.strerror}") from error
         print(f"{args.output_file}: texts of {len(texts):,} of {len(prompts):,} prompts", file=sys.stderr)
     elif not is_streamed:
         print("\n---\n".join(text.prompt + text.generated_text for text in in_order))

@@ -1,6 +1,7 @@
 """Prompts: where they come from, and how they fit into a model's positions."""
 
 import json
+import re
 import sys
 import textwrap
 from dataclasses import dataclass
@@ -87,8 +88,10 @@ def encode_prompt(
             `max_new_tokens`, or for half of the positions if that is less.
 
     Raises:
-        UserError: if the prompt is too long.
+        UserError: if the prompt is too long, or no text.
     """
+    if re.search("[\ud800-\udfff]", prompt):  # of a terminal in another encoding
+        raise UserError(f"the prompt {textwrap.shorten(prompt, 40)!r} is not valid Unicode")
     token_ids = tokenizer(prompt, verbose=False)["input_ids"]
     if not token_ids:
         first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -211,6 +212,10 @@ def test_mistakes_are_told_in_one_line_each(folder, tmp_path, refuse, monkeypatc
     ]
     (line,) = refuse(generate, "--model_name_or_path", tmp_path, "--prompt", "x")
     assert "cannot be loaded" in line
+    (line,) = refuse(generate, *model, "--prompt", "x", "--max_new_tokens", 2, "--output_file", "/proc/texts.jsonl")
+    assert "--output_file /proc/texts.jsonl cannot be written: " in line
+    (line,) = refuse(generate, *model, "--prompt", "a\udcff")
+    assert line.endswith("the prompt 'a\\udcff' is not valid Unicode")
     write_model(tmp_path / "small", POSITIONS, vocab_size=200)
     (line,) = refuse(generate, "--model_name_or_path", tmp_path / "small", "--prompt", "wrapped")
     assert "the tokenizer gave token " in line and line.endswith("but the model has only 200")
@@ -233,6 +238,16 @@ def test_what_is_written_before_an_interrupt_is_kept(tmp_path):
     assert [line["prompt"] for line in lines] == [f"def number{number}" for number in range(len(lines))]
     assert f"{path}: texts of {len(lines)} of 300 prompts" in result.stderr
     assert result.stderr.splitlines()[-1] == "generate.py: interrupted"
+
+
+def test_who_reads_the_output_may_stop(folder):
+    words = [sys.executable, str(REPOSITORY / "generate.py"), "--model_name_or_path", str(folder), "--prompt", "def "]
+    for more in ([], ["--num_return_sequences", "2"]):
+        reader, writer = os.pipe()
+        os.close(reader)
+        result = subprocess.run([*words, *more], stdout=writer, stderr=subprocess.PIPE, text=True)
+        os.close(writer)
+        assert (result.returncode, result.stderr) == (128 + signal.SIGPIPE, "")
 
 
 def test_a_session_at_a_terminal(tmp_path):
