@@ -7,31 +7,31 @@ from transformers import GenerationConfig
 
 from pretraining.cli import flag, problems_of_range
 
-# What gives good text with a small model, where nothing else is asked for: the unlikeliest tokens, of which it has a
-# bad idea, are left out, and the others are drawn a little less evenly than the model has them.
+# Defaults for a small model. It is worst at judging improbable tokens, which top_k and top_p leave out; a temperature
+# below 1 makes the most probable ones a little more so.
 SAMPLING: dict[str, float] = {"temperature": 0.8, "top_k": 50, "top_p": 0.95}
 
 
 @dataclass
 class GenerationFlags:
-    _argument_group_name = "how a text goes on"
+    _argument_group_name = "generation"
 
     max_new_tokens: int = flag(200, "tokens of a text, without its prompt")
     temperature: float | None = flag(
-        None, "below 1 likely tokens become likelier; 0 always takes the likeliest; 0.8 if left out"
+        None, "below 1, probable tokens become more probable; at 0, the most probable one is taken; 0.8 if left out"
     )
-    top_k: int | None = flag(None, "draw from the so many likeliest tokens; 0 for all; 50 if left out")
+    top_k: int | None = flag(None, "draw from this many of the most probable tokens; 0 for all; 50 if left out")
     top_p: float | None = flag(
-        None, "draw from the likeliest tokens that together have this probability; 1 for all; 0.95 if left out"
+        None, "draw from the most probable tokens that have this probability together; 1 for all; 0.95 if left out"
     )
-    repetition_penalty: float = flag(1.0, "above 1, what is in the text already becomes unlikelier")
+    repetition_penalty: float = flag(1.0, "above 1, tokens that are in the text already become less probable")
     num_beams: int = flag(
         1,
-        "search the likeliest text with so many beams; nothing is drawn then, unless one of the three above is given",
+        "beam search with this many beams; it draws nothing at random unless one of the three flags above is given",
     )
     num_return_sequences: int = flag(1, "texts for each prompt")
-    stop_strings: list[str] = flag([], "end a text behind one of these", nargs="+")
-    seed: int = flag(42, "of what is drawn")
+    stop_strings: list[str] = flag([], "end a text after one of these", nargs="+")
+    seed: int = flag(42, "seed of the random draws")
 
     def problems_of_generation(self) -> list[str]:
         found = problems_of_range(self, ["max_new_tokens", "num_beams", "num_return_sequences"], 1)
@@ -61,12 +61,13 @@ class GenerationFlags:
         is_told = any(getattr(self, name) is not None for name in SAMPLING)
         return self.temperature != 0 and (self.num_beams == 1 or is_told)
 
-    def config(self, pad_token_id: int, max_new_tokens: int) -> GenerationConfig:
+    def config(self, max_new_tokens: int, eos_token_ids: list[int], pad_token_id: int) -> GenerationConfig:
         """
         Return the settings as `generate` takes them.
 
         Args:
             max_new_tokens: of this text, which may have less room than the flags ask for.
+            eos_token_ids: the tokens that end a text.
         """
         settings: dict[str, Any] = {"do_sample": self.draws(), "max_new_tokens": max_new_tokens}
         if self.draws():
@@ -78,5 +79,6 @@ class GenerationFlags:
             num_beams=self.num_beams,
             num_return_sequences=self.num_return_sequences,
             stop_strings=self.stop_strings or None,
+            eos_token_id=eos_token_ids or None,
             pad_token_id=pad_token_id,
         )

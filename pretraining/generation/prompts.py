@@ -12,6 +12,8 @@ from transformers import PreTrainedTokenizerBase
 from pretraining.cli import flag
 from pretraining.errors import UserError
 
+MAX_PROBLEMS = 10  # shown; in a file of another kind every line is wrong
+
 
 @dataclass
 class PromptFlags:
@@ -33,19 +35,23 @@ class PromptFlags:
         Return the prompts, or None if a person at a terminal is to be asked for them.
 
         Raises:
-            UserError: if the file cannot be read or has no prompts; for lines without one, a line each.
+            UserError: if the file or standard input cannot be read, or the file has no prompts; for lines without a
+                prompt, a message each.
         """
         if self.prompt_file:
             return read_prompt_file(Path(self.prompt_file))
         if self.prompt or sys.stdin.isatty():
             return self.prompt or None
-        return [sys.stdin.read().removesuffix("\n")]
+        try:
+            return [sys.stdin.read().removesuffix("\n")]
+        except UnicodeDecodeError as error:
+            raise UserError(f"standard input is not a text: {error}") from None
 
 
 def read_prompt_file(path: Path) -> list[str]:
-    """See `PromptFlags.read_prompts`."""
+    """Read prompts from a file. Raises: see `PromptFlags.read_prompts`."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # Windows may have put a mark at the beginning
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--prompt_file {path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     if path.suffix != ".jsonl":
@@ -59,7 +65,7 @@ def read_prompt_file(path: Path) -> list[str]:
                 except ValueError as error:
                     problems.append(f"--prompt_file {path} line {number}: {error}")
         if problems:
-            raise UserError(*problems[:10])
+            raise UserError(*problems[:MAX_PROBLEMS])
     if not prompts:
         raise UserError(f"--prompt_file {path} has no prompts")
     return prompts
@@ -79,13 +85,13 @@ def encode_prompt(
     tokenizer: PreTrainedTokenizerBase, prompt: str, num_positions: int | None, max_new_tokens: int, truncate: bool
 ) -> tuple[list[int], str | None]:
     """
-    Return a prompt's token ids, and what is to be said about it. The ids are those of the text as it stands, as
-    `pipeline("text-generation")` has them; an empty prompt is the token that begins, or ends, a text.
+    Return a prompt's token ids, and a warning if it was cut. The ids are those of the text as it stands, as
+    `pipeline("text-generation")` has them. An empty prompt becomes the token that begins a text, or ends one.
 
     Args:
         num_positions: of the model, None if they are not limited.
-        truncate: let a prompt that leaves no room for a new token lose its beginning, so that there is room for
-            `max_new_tokens`, or for half of the positions if that is less.
+        truncate: cut the beginning off a prompt that leaves no room for a new token. That makes room for
+            `max_new_tokens`, but keeps at least half of the positions for the prompt.
 
     Raises:
         UserError: if the prompt is too long, or no text.

@@ -6,6 +6,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from pretraining.errors import UserError, nearest
 from pretraining.generation.flags import GenerationFlags
 from pretraining.generation.writer import TextWriter
@@ -71,6 +73,8 @@ class Session:
                     print(f"  {name} {value}")
             case ["/set", name, value]:
                 self.settings = changed(self.settings, name, value)
+                if name == "seed":
+                    torch.manual_seed(self.settings.seed)
             case ["/set", *_]:
                 raise UserError("a setting has a name and a value: /set temperature 0.5")
             case [command, *_]:

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from pretraining.errors import UserError
 from pretraining.generation.flags import GenerationFlags
-from pretraining.generation.prompts import encode_prompt
+from pretraining.generation.prompts import MAX_PROBLEMS, encode_prompt
 
 FinishReason = Literal["end_of_text", "stop_string", "max_new_tokens", "last_position"]
 
@@ -65,7 +65,7 @@ class TextWriter:
 
     def encode(self, prompts: list[str], settings: GenerationFlags) -> tuple[list[Encoded], list[str]]:
         """
-        Return the prompts in tokens, and what is to be said about them.
+        Return the prompts in tokens, and a warning for each that was cut.
 
         Raises:
             UserError: for each prompt that is too long, or has tokens that the model does not have.
@@ -91,7 +91,8 @@ class TextWriter:
             encoded.append(Encoded(index, prompt, token_ids, room))
             messages += [message] if message else []
         if problems:
-            raise UserError(*problems)
+            more = [f"{len(problems) - MAX_PROBLEMS:,} more prompts cannot be used"] * (len(problems) > MAX_PROBLEMS)
+            raise UserError(*problems[:MAX_PROBLEMS], *more)
         return encoded, messages
 
     def stream(self, encoded: Encoded, settings: GenerationFlags) -> Text:
@@ -129,7 +130,7 @@ class TextWriter:
         output = self.model.generate(  # type: ignore[operator]
             torch.tensor(rows, device=device),
             attention_mask=torch.tensor(mask, device=device),
-            generation_config=settings.config(self.pad_token_id, batch[0].room),
+            generation_config=settings.config(batch[0].room, self.eos_token_ids, self.pad_token_id),
             tokenizer=self.tokenizer,
             **options,
         )

@@ -171,12 +171,16 @@ def test_a_prompt_that_is_too_long_is_refused_or_cut(folder, write, refuse, capf
 
 def test_prompts_come_from_files_and_standard_input(folder, tmp_path, write, monkeypatch):
     flags = ("--max_new_tokens", 4)
-    (tmp_path / "prompts.txt").write_text(f"{PROMPTS[0]}\n\n{PROMPTS[2]}\n")
-    lines = write(*flags, "--prompt_file", tmp_path / "prompts.txt")
-    assert [line["prompt"] for line in lines] == [PROMPTS[0], PROMPTS[2]]
-    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in ("a\nb", "")))
+    for mark, newline in (("", "\n"), ("\ufeff", "\r\n")):  # as on Linux, and as Windows may write it
+        content = f"{mark}{PROMPTS[0]}{newline}{newline}{PROMPTS[2]}{newline}"
+        (tmp_path / "prompts.txt").write_bytes(content.encode())
+        lines = write(*flags, "--prompt_file", tmp_path / "prompts.txt")
+        assert [line["prompt"] for line in lines] == [PROMPTS[0], PROMPTS[2]]
+    texts = ["a\nb", "", "c\u2028d"]
+    records = [json.dumps({"prompt": text}, ensure_ascii=False) + "\n" for text in texts]
+    (tmp_path / "prompts.jsonl").write_text("".join(records))
     lines = write(*flags, "--prompt_file", tmp_path / "prompts.jsonl")
-    assert [line["prompt"] for line in lines] == ["a\nb", ""]
+    assert [line["prompt"] for line in lines] == texts
     monkeypatch.setattr(sys, "stdin", io.StringIO("def f():\n    pass\n"))
     (line,) = write(*flags)
     assert line["prompt"] == "def f():\n    pass"
@@ -285,6 +289,14 @@ def test_a_session_at_a_terminal(tmp_path):
     terminal.expect_exact("> ")
     terminal.sendline("/set max_new_tokens 5")
     terminal.expect_exact("> ")
+    texts = []
+    for _ in range(2):
+        terminal.sendline("/set seed 3")
+        terminal.expect_exact("> ")
+        terminal.sendline("The")
+        terminal.expect_exact("> ")
+        texts.append(terminal.before)
+    assert texts[0] == texts[1]
     terminal.sendline("/set num_return_sequences 2")
     terminal.expect_exact("> ")
     terminal.sendline("")
