@@ -5,7 +5,7 @@ import sys
 from conftest import REPOSITORY, run, succeed
 from support.processes import free_port
 
-# A store that takes a second to answer, and an interpreter that takes two to shut down.
+# A store that takes 0.6 seconds to answer, and an interpreter that takes one to shut down.
 PROGRAM = """
 import os, sys, time
 from datetime import timedelta
@@ -18,14 +18,14 @@ class SlowStore:
         self.store = store
 
     def add(self, key, number):
-        self.store.wait(["a key that nobody sets"], timedelta(seconds=1))
+        self.store.wait(["a key that nobody sets"], timedelta(seconds=0.6))
 
 class SlowEnd:
     def __init__(self):
         self.sleep = time.sleep
 
     def __del__(self):
-        self.sleep(2)
+        self.sleep(1)
 
 os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": sys.argv[1]}
 server = dist.TCPStore("127.0.0.1", int(sys.argv[1]), is_master=True, wait_for_workers=False)
