@@ -144,15 +144,15 @@ class TextWriter:
         """Find out where a text ends, behind which a batch has padding, and why."""
         end = next((place for place, each in enumerate(new_token_ids) if each in self.eos_token_ids), None)
         kept = new_token_ids if end is None else new_token_ids[:end]
-        while end is None and kept and kept[-1] == self.pad_token_id:
+        while settings.stop_strings and end is None and kept and kept[-1] == self.pad_token_id:
             kept = kept[:-1]
-        text = self._decode(encoded.token_ids + kept)[len(self._decode(encoded.token_ids)) :]
+        whole, start = self._decode(encoded.token_ids + kept), len(self._decode(encoded.token_ids))
         reason: FinishReason = "max_new_tokens" if encoded.room == settings.max_new_tokens else "last_position"
-        if any(stop in text for stop in settings.stop_strings):
-            reason = "stop_string"
+        if any(stop in whole[max(0, start - len(stop) + 1) :] for stop in settings.stop_strings):
+            reason = "stop_string"  # which may begin in the prompt
         elif end is not None:
             reason = "end_of_text"
-        return Text(encoded.prompt, text, len(kept) + (reason == "end_of_text"), reason)
+        return Text(encoded.prompt, whole[start:], len(kept) + (reason == "end_of_text"), reason)
 
     def _decode(self, token_ids: list[int]) -> str:
         return str(self.tokenizer.decode(token_ids, skip_special_tokens=True))

@@ -149,8 +149,16 @@ def test_a_text_ends_where_the_model_ends_it_or_behind_a_stop_string(folder, tmp
     (line,) = write("--prompt", PROMPTS[0], "--max_new_tokens", 20, "--stop_strings", "never", stop)
     assert line["generated_text"] == tokenizer.decode(expected) and stop in line["generated_text"]
     assert (line["num_new_tokens"], line["finish_reason"]) == (len(expected), "stop_string") and len(expected) < 20
-    lines = write("--prompt", *PROMPTS, "--max_new_tokens", 20, "--temperature", 0, "--stop_strings", stop)
-    assert len(lines) == 3
+
+    # One that begins in the prompt; the other prompts of the batch go on, behind which it has padding.
+    starts = {f"def {word}": reference(folder, f"def {word}", do_sample=False)[0][0] for word in "abcdefghijklm"}
+    prompt, first = next((text, word) for text, word in starts.items() if tokenizer.decode([word]).isalnum())
+    stop = prompt[-2:] + tokenizer.decode([first])
+    flags = ("--max_new_tokens", 20, "--temperature", 0, "--stop_strings", stop)
+    line, *others = write("--prompt", prompt, *PROMPTS[1:], *flags)
+    assert (line["generated_text"], line["num_new_tokens"]) == (tokenizer.decode([first]), 1)
+    assert line["finish_reason"] == "stop_string"
+    assert [other["finish_reason"] for other in others] == ["max_new_tokens"] * 2
 
 
 def test_a_prompt_that_is_too_long_is_refused_or_cut(folder, write, refuse, capfd):
