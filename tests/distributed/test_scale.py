@@ -164,7 +164,7 @@ def test_tasks_in_the_loop_are_what_their_script_says_of_the_model(is_sharded, f
 def test_tasks_that_generate_are_refused_where_the_model_is_sharded(flags, tmp_path):
     files = write_tasks(tmp_path)
     arguments = (*flags, "--per_device_train_batch_size", 8, "--eval_tasks", files["writes"])
-    with pytest.raises(AssertionError, match="--eval_tasks writes generates text, which a sharded model cannot do"):
+    with pytest.raises(AssertionError, match="--eval_tasks: writes generates text, which a sharded model cannot do"):
         fork_sharded(sharding(tmp_path, 2), *arguments, "--output_dir", tmp_path / "run")
 
 

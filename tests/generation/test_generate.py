@@ -237,12 +237,17 @@ def test_mistakes_are_told_in_one_line_each(folder, tmp_path, refuse, monkeypatc
     assert "generate.py is one process" in line
 
 
+def heed_interrupts() -> None:
+    """Undo what a shell does to tests that run in the background: their processes ignore interrupts."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def test_what_is_written_before_an_interrupt_is_kept(tmp_path):
     folder, path = write_model(tmp_path / "model", 2048), tmp_path / "texts.jsonl"
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("".join(f"def number{number}\n" for number in range(300)))
     flags = ("--prompt_file", prompts, "--output_file", path, "--per_device_eval_batch_size", 1)
-    running = processes.start("generate.py", "--model_name_or_path", folder, *flags)
+    running = processes.start("generate.py", "--model_name_or_path", folder, *flags, fault=heed_interrupts)
     processes.wait_until(lambda: re.search(r" ([3-9]|\d\d)/300 ", running.output("stderr")), 120)
     os.kill(running.pid, signal.SIGINT)
     result = running.wait()
@@ -266,9 +271,8 @@ def test_a_session_at_a_terminal(tmp_path):
     folder = write_model(tmp_path, 8192)
     words = [str(REPOSITORY / "generate.py"), "--model_name_or_path", str(folder), "--max_new_tokens", "8000"]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "TERM": "dumb"}
-    terminal = pexpect.spawn(
-        sys.executable, words, encoding="utf-8", timeout=60, env=environment, dimensions=(50, 300)
-    )
+    settings = {"timeout": 60, "env": environment, "dimensions": (50, 300), "preexec_fn": heed_interrupts}
+    terminal = pexpect.spawn(sys.executable, words, encoding="utf-8", **settings)
     terminal.expect_exact("Type the beginning of a text. /help tells more, Ctrl-D ends.")
     for typed, answer in (
         ("/help", "/set temperature 0.5"),
