@@ -27,8 +27,8 @@ WORDS = """apple bridge candle desert engine forest garden harbor island jacket 
     pencil quarry ribbon saddle timber umbrella valley window yellow zebra anchor basket copper dragon ember""".split()
 # The files that take longest are handed out first: none of them is left alone at the end, beside an idle core.
 LONGEST = """test_faults test_scale test_checkpoints test_training test_callers test_docs test_packing test_data
-    test_stream test_ecosystem test_publish test_generate test_loss_without_logits test_gaps test_benchmarks test_precision
-    test_hub_data test_fuzz""".split()
+    test_stream test_ecosystem test_publish test_generate test_loss_without_logits test_gaps test_benchmarks
+    test_precision test_hub_data test_fuzz""".split()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
