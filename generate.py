@@ -86,8 +86,15 @@ def open_writer(args: GenerateArguments) -> TextWriter:
     # A CPU reads all weights for each token, and computes little: bf16 gains nothing, and costs a small model a third
     # of its speed (docs/experiments.md).
     precision = choose_precision(state.device, "no" if told is None and state.device.type == "cpu" else told)
-    model, tokenizer = load_from_flags(args)
-    model.to(state.device, DTYPES[precision.mixed_precision])
+    if precision.mixed_precision not in DTYPES:
+        raise UserError(
+            f"texts cannot be written in {precision.mixed_precision}: ask for no (which is fp32), fp16 or bf16"
+        )
+    if precision.warning and precision.mixed_precision != "no":  # what it says of fp32 is true of training
+        print(f"warning: {precision.warning}", file=sys.stderr)
+    # Loaded in that type, not cast to it: the frequencies of rotary positions stay in fp32 then.
+    model, tokenizer = load_from_flags(args, dtype=DTYPES[precision.mixed_precision])
+    model.to(state.device)
     return TextWriter(model, tokenizer, args.truncate)
 
 
@@ -98,22 +105,22 @@ def write_texts(args: GenerateArguments, writer: TextWriter, prompts: list[str])
         print(message, file=sys.stderr)
     is_streamed = len(prompts) == args.num_return_sequences == args.num_beams == 1 and not args.output_file
     texts: dict[int, list[Text]] = {}
-    interrupt = None
+    failure = None
     try:
         if is_streamed:
             texts[0] = [writer.stream(encoded[0], args)]
         else:
             write_batches(args, writer, encoded, texts)
-    except KeyboardInterrupt as error:  # what is written so far is kept
-        interrupt = error
+    except (KeyboardInterrupt, Exception) as error:  # what is written so far is kept
+        failure = error
     in_order = [text for index in sorted(texts) for text in texts[index]]
-    if args.output_file:
+    if args.output_file and (texts or not failure):
         try:
             write_text(Path(args.output_file), "".join(json.dumps(asdict(text)) + "\n" for text in in_order))
         except OSError as error:
             raise UserError(f"--output_file {args.output_file} cannot be written: {error.strerror}") from error
         print(f"{args.output_file}: texts of {len(texts):,} of {len(prompts):,} prompts", file=sys.stderr)
-    elif not is_streamed:
+    elif in_order and not is_streamed:
         print("\n---\n".join(text.prompt + text.generated_text for text in in_order))
     full = sum(text.finish_reason == "last_position" for text in in_order)
     if full:
@@ -121,8 +128,8 @@ def write_texts(args: GenerateArguments, writer: TextWriter, prompts: list[str])
             f"{full:,} of {len(in_order):,} texts end where the model's {writer.num_positions:,} positions are full",
             file=sys.stderr,
         )
-    if interrupt:
-        raise interrupt
+    if failure:
+        raise failure
 
 
 def write_batches(

@@ -8,6 +8,7 @@ import errno
 import json
 import logging
 import os
+import select
 import signal
 import sys
 from collections.abc import Callable
@@ -170,12 +171,21 @@ def run_script(main: Callable[[], None]) -> None:
             for problem in error.problems:
                 print(f"{Path(sys.argv[0]).name}: error: {problem}", file=sys.stderr)
         sys.exit(2)
-    except BrokenPipeError:  # who reads the output has read enough, as `head` does
+    except BrokenPipeError:
+        if not _reader_is_gone():
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python writes at its end
         sys.exit(128 + signal.SIGPIPE)
     except KeyboardInterrupt:
         print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def _reader_is_gone() -> bool:
+    """Return True if nobody reads standard output any more, as after `| head`."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), select.POLLOUT)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _parser(arguments_class: type, description: str) -> HfArgumentParser:

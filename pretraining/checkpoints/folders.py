@@ -30,8 +30,8 @@ BEST = "best-checkpoint"
 ABANDONED = "abandoned-"
 DELETED = "deleted-"
 # What else has a name with INCOMPLETE while it is made:
-FINAL, HUB = "final", "hub"  # the last model, and a checkpoint on its way to the Hub
-UNFINISHED = (BEST, FINAL, HUB, TRAINING_ARGS, IDENTITY, METRICS, EVENTS)
+FINAL, HUB, STOCK = "final", "hub", "stock"  # the last model; on their way to the Hub: a checkpoint, a stock GPT-2
+UNFINISHED = (BEST, FINAL, HUB, STOCK, TRAINING_ARGS, IDENTITY, METRICS, EVENTS)
 
 
 def checkpoint_folder(output_dir: Path, step: int) -> Path:

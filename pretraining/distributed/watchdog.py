@@ -73,7 +73,9 @@ class Watchdog:
         while not self.is_over.wait(min(0.5, self.limit / 10)):
             if time.monotonic() > self.deadline:
                 here = f"after {self.limit:g} seconds this one is still {self.activity}"
-                self._leave(self._call_roll() or [f"all processes answer, but none goes on: {here}"])
+                lines = self._call_roll()
+                if time.monotonic() > self.deadline:  # else this process went on while it called
+                    self._leave(lines or [f"all processes answer, but none goes on: {here}"])
 
     def _answer(self) -> None:
         try:

@@ -36,6 +36,8 @@ class GenerationFlags:
     def problems_of_generation(self) -> list[str]:
         found = problems_of_range(self, ["max_new_tokens", "num_beams", "num_return_sequences"], 1)
         found += problems_of_range(self, ["top_k", "seed"], 0)
+        if self.seed >= 1 << 32:
+            found.append(f"--seed must be below 2^32, got {self.seed}")
         if self.temperature is not None and not 0 <= self.temperature < float("inf"):
             found.append(f"--temperature must be a finite number of at least 0, got {self.temperature}")
         if self.top_p is not None and not 0 < self.top_p <= 1:

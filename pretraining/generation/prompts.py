@@ -40,11 +40,15 @@ class PromptFlags:
         """
         if self.prompt_file:
             return read_prompt_file(Path(self.prompt_file))
-        if self.prompt or sys.stdin.isatty():
-            return self.prompt or None
+        if self.prompt:
+            return self.prompt
+        if sys.stdin is None:
+            raise UserError("standard input is closed: give a --prompt or --prompt_file")
+        if sys.stdin.isatty():
+            return None
         try:
             return [sys.stdin.read().removesuffix("\n")]
-        except UnicodeDecodeError as error:
+        except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"standard input is not a text: {error}") from None
 
 
@@ -113,4 +117,5 @@ def encode_prompt(
             "give --truncate"
         )
     kept = num_positions - min(max_new_tokens, num_positions // 2)
-    return token_ids[-kept:], f"{name}: only the last {kept:,} are used"
+    first = token_ids[:1] if token_ids[0] == tokenizer.bos_token_id else []  # which the model expects at the beginning
+    return first + token_ids[len(first) - kept :], f"{name}: only the last {kept:,} are used"

@@ -3,19 +3,18 @@
 import contextlib
 import dataclasses
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from pretraining.errors import UserError, nearest
-from pretraining.generation.flags import GenerationFlags
+from pretraining.generation.flags import SAMPLING, GenerationFlags
 from pretraining.generation.writer import TextWriter
 
 HELP = """\
 Type the beginning of a text; an empty line lets the model begin by itself. Ctrl-C stops a text, arrow keys bring
 earlier prompts back. A line that begins with / is a command:
-  /set temperature 0.5     change a setting
+  /set temperature 0.5     change a setting; none takes a sampling setting back to its default
   /show                    show all settings
   /help                    show this
   /quit                    end, as Ctrl-D does"""
@@ -91,16 +90,16 @@ def changed(settings: GenerationFlags, name: str, text: str) -> GenerationFlags:
     name, values = name.removeprefix("--"), dataclasses.asdict(settings)
     if name not in values:
         raise UserError(f"there is no setting '{name}'{nearest(name, list(values))}: /show shows them all")
-    types: dict[str, Callable[[str], Any]] = {
-        "temperature": float,
-        "top_p": float,
-        "repetition_penalty": float,
-        "stop_strings": lambda word: [word],
-    }
-    try:
-        value = types.get(name, int)(text)
-    except ValueError:
-        raise UserError(f"{name} cannot be '{text}': it is a number") from None
+    if text == "none" and name in (*SAMPLING, "stop_strings"):
+        value: Any = [] if name == "stop_strings" else None
+    elif name == "stop_strings":
+        value = [text]
+    else:
+        is_whole = name not in ("temperature", "top_p", "repetition_penalty")
+        try:
+            value = int(text) if is_whole else float(text)
+        except ValueError:
+            raise UserError(f"{name} must be a {'whole ' if is_whole else ''}number, got '{text}'") from None
     new = dataclasses.replace(settings, **{name: value})
     if problems := new.problems_of_generation():
         raise UserError(*(problem.replace("--", "") for problem in problems))

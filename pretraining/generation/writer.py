@@ -1,5 +1,6 @@
 """Texts by transformers' `generate`: streamed as they are written, or many prompts at once."""
 
+import itertools
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -60,8 +61,10 @@ class TextWriter:
         ends = model.generation_config.eos_token_id
         ends = tokenizer.eos_token_id if ends is None else ends
         self.eos_token_ids = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+        self.vocab_size = model.config.get_text_config().vocab_size
+        # Padding is masked, so that any token of the model does.
         pads = [tokenizer.pad_token_id, tokenizer.eos_token_id, 0]
-        self.pad_token_id = next(each for each in pads if each is not None)
+        self.pad_token_id = next(each for each in pads if each is not None and each < self.vocab_size)
 
     def encode(self, prompts: list[str], settings: GenerationFlags) -> tuple[list[Encoded], list[str]]:
         """
@@ -70,7 +73,6 @@ class TextWriter:
         Raises:
             UserError: for each prompt that is too long, or has tokens that the model does not have.
         """
-        vocab_size = self.model.config.get_text_config().vocab_size
         encoded: list[Encoded] = []
         messages: list[str] = []
         problems: list[str] = []
@@ -82,8 +84,8 @@ class TextWriter:
             except UserError as error:
                 problems += error.problems
                 continue
-            if (largest := max(token_ids)) >= vocab_size:
-                problems.append(f"the tokenizer gave token {largest:,}, but the model has only {vocab_size:,}")
+            if (largest := max(token_ids)) >= self.vocab_size:
+                problems.append(f"the tokenizer gave token {largest:,}, but the model has only {self.vocab_size:,}")
                 continue
             room = settings.max_new_tokens
             if self.num_positions is not None:
@@ -141,18 +143,23 @@ class TextWriter:
         ]
 
     def _text(self, encoded: Encoded, new_token_ids: list[int], settings: GenerationFlags) -> Text:
-        """Find out where a text ends, behind which a batch has padding, and why."""
+        """Cut off the padding of a batch, and say why the text ends."""
+        new_token_ids = list(
+            itertools.takewhile(lambda each: each >= 0, new_token_ids)
+        )  # -1 pads without an end token
         end = next((place for place, each in enumerate(new_token_ids) if each in self.eos_token_ids), None)
         kept = new_token_ids if end is None else new_token_ids[:end]
         while settings.stop_strings and end is None and kept and kept[-1] == self.pad_token_id:
             kept = kept[:-1]
-        whole, start = self._decode(encoded.token_ids + kept), len(self._decode(encoded.token_ids))
+        text = self._decode(encoded.token_ids + kept)[len(self._decode(encoded.token_ids)) :]
+        whole = self._decode(encoded.token_ids + kept, skip_special_tokens=False)  # a stop string may be one of them
+        start = len(self._decode(encoded.token_ids, skip_special_tokens=False))
         reason: FinishReason = "max_new_tokens" if encoded.room == settings.max_new_tokens else "last_position"
         if any(stop in whole[max(0, start - len(stop) + 1) :] for stop in settings.stop_strings):
             reason = "stop_string"  # which may begin in the prompt
         elif end is not None:
             reason = "end_of_text"
-        return Text(encoded.prompt, whole[start:], len(kept) + (reason == "end_of_text"), reason)
+        return Text(encoded.prompt, text, len(kept) + (reason == "end_of_text"), reason)
 
-    def _decode(self, token_ids: list[int]) -> str:
-        return str(self.tokenizer.decode(token_ids, skip_special_tokens=True))
+    def _decode(self, token_ids: list[int], skip_special_tokens: bool = True) -> str:
+        return str(self.tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens))

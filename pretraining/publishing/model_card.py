@@ -23,7 +23,7 @@ from pretraining.hub import LICENSE
 from pretraining.markdown import table
 from pretraining.publishing.eval_results import card_entries, result_files
 from pretraining.publishing.usage import example_prompt, usage
-from pretraining.records.metrics import read_metrics
+from pretraining.records.metrics import is_of_hellaswag, read_metrics
 from pretraining.records.progress import duration
 from pretraining.records.run_files import HELLASWAG_PLOT, LOSS_PLOT, TASKS_PLOT
 from pretraining.records.task_results import TaskResult, TaskSource, task_results
@@ -78,10 +78,12 @@ class RunRecord:
     versions: dict[str, str]
 
     def hellaswag_results(self) -> list[TaskResult]:
-        return task_results(self.task_sources, self.hellaswag or {})
+        sources = [source for source in self.task_sources if "protocol" in source.details]
+        return task_results(sources, self.hellaswag or {})
 
     def task_results(self) -> list[TaskResult]:
-        return task_results(self.task_sources, self.tasks or {})
+        sources = [source for source in self.task_sources if "protocol" not in source.details]
+        return task_results(sources, self.tasks or {})
 
 
 def model_card(record: RunRecord, config: PreTrainedConfig) -> ModelCard:
@@ -264,7 +266,7 @@ class RunCard:
             validation_statistics=self.data.validation.statistics,
             evaluation=next((line for line in reversed(lines) if line.get("eval_loss") is not None), None),
             eval_tokens=args.eval_iters and args.eval_iters * self.tokens_per_step,
-            hellaswag=next((line for line in reversed(lines) if "hellaswag_n" in line), None),
+            hellaswag=next((line for line in reversed(lines) if is_of_hellaswag(line)), None),
             tasks=next((line for line in reversed(lines) if "eval_tasks_n" in line), None),
             task_sources=self.task_sources,
             compression=self.data.validation.compression_rates,

@@ -15,6 +15,8 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, Mo
 from transformers import PreTrainedConfig
 
 from modeling_gpt2scratch import GPT2ScratchConfig, GPT2ScratchForCausalLM
+from pretraining.checkpoints.folders import STOCK
+from pretraining.errors import UserError, one_line
 from pretraining.files import INCOMPLETE, sha256_of
 from pretraining.publishing.card_edits import converted_card
 from pretraining.publishing.formats import write_stock
@@ -41,14 +43,19 @@ def stock_form(folder: Path) -> Iterator[tuple[Path, PreTrainedConfig]]:
     model's config.
 
     Raises:
-        UserError: if the model or its tokenizer cannot be loaded.
+        UserError: if the model or its tokenizer cannot be loaded, or the folder cannot be written.
     """
     can_write = os.access(folder, os.W_OK)
-    form = folder / (STOCK_BRANCH + INCOMPLETE) if can_write else Path(tempfile.mkdtemp())
+    form = folder / (STOCK + INCOMPLETE) if can_write else Path(tempfile.mkdtemp())
     shutil.rmtree(form, ignore_errors=True)  # of a program that was killed
     try:
         model, tokenizer = load_model_and_tokenizer(GPT2ScratchForCausalLM, str(folder))
-        write_stock(model, tokenizer, form)
+        try:
+            write_stock(model, tokenizer, form)
+        except Exception as error:  # a full disk, of several libraries
+            raise UserError(
+                f"the stock form of {folder} cannot be written: {one_line(error)} (--stock_branch false leaves it out)"
+            ) from error
         yield form, model.config
     finally:
         shutil.rmtree(form, ignore_errors=True)
@@ -73,8 +80,9 @@ def push_stock_form(
     text = str(converted_card(str(card), Path(repo_id), "gpt2", config, revision=STOCK_BRANCH))
     operations.append(CommitOperationAdd(CARD, text.encode()))
     api.create_branch(repo_id, branch=STOCK_BRANCH, exist_ok=True)
-    there = set(api.list_repo_files(repo_id, revision=STOCK_BRANCH))  # of main, in a new branch
-    old = sorted(there - set(files) - {CARD, GIT_ATTRIBUTES})
+    # What a new branch has from main goes. Files that the branch alone has are somebody's own.
+    from_main = set(api.list_repo_files(repo_id, revision=STOCK_BRANCH)) & set(api.list_repo_files(repo_id))
+    old = sorted(from_main - set(files) - {CARD, GIT_ATTRIBUTES})
     title = _title(_digests(folder))
     api.create_commit(
         repo_id, [*operations, *map(CommitOperationDelete, old)], commit_message=title, revision=STOCK_BRANCH

@@ -12,6 +12,11 @@ CLOCK = ("step", "tokens", "elapsed_seconds")  # of every line of metrics.jsonl
 EVALUATIONS = {"eval_loss", "hellaswag_n", "eval_tasks_n"}  # one of these is in each line that an evaluation writes
 
 
+def is_of_hellaswag(line: dict) -> bool:
+    """Return True for a line of --hellaswag_steps. The harness's task of that name has the same keys, and more."""
+    return "hellaswag_n" in line and "eval_tasks_n" not in line
+
+
 def append_line(path: Path, values: dict) -> None:
     """
     Raises:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pretraining.files import INCOMPLETE
-from pretraining.records.metrics import read_metrics
+from pretraining.records.metrics import is_of_hellaswag, read_metrics
 from pretraining.records.reference_losses import LossCurve
 from pretraining.records.run_files import HELLASWAG_PLOT, LOSS_PLOT, TASKS_PLOT
 from pretraining.records.task_results import TaskSource, task_results
@@ -54,7 +54,7 @@ def plot_loss(output_dir: Path, reference_losses: dict[str, float], curve: LossC
 
 def plot_hellaswag(output_dir: Path) -> None:
     """Draw plots/hellaswag.png: accuracy over the tokens seen, beside what OpenAI's models reach."""
-    lines = [line for line in read_metrics(output_dir) if "hellaswag_n" in line]
+    lines = [line for line in read_metrics(output_dir) if is_of_hellaswag(line)]
     tokens = [line["tokens"] for line in lines]
     figure, axes = _new_figure()
     for key, color, label in (("acc_norm", "tab:orange", "acc_norm"), ("acc", "tab:blue", "acc")):

@@ -101,14 +101,22 @@ def load_model_and_tokenizer(
     return load_model(model_class, name_or_path, **options), open_tokenizer(name_or_path, **options)
 
 
-def load_from_flags(flags: LoadedModelFlags) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load the model and tokenizer that the flags name, as `load_model_and_tokenizer` does."""
-    return load_model_and_tokenizer(
-        AutoModelForCausalLM,
-        flags.model_name_or_path,
-        revision=flags.model_revision or "main",
-        trust_remote_code=flags.trust_remote_code,
-    )
+def load_from_flags(
+    flags: LoadedModelFlags, dtype: torch.dtype | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """
+    Load the model and tokenizer that the flags name.
+
+    Args:
+        dtype: of the weights; that of their files if left out.
+
+    Raises:
+        UserError: if either cannot be loaded.
+    """
+    name, revision = flags.model_name_or_path, flags.model_revision or "main"
+    options = {"revision": revision, "trust_remote_code": flags.trust_remote_code}
+    model = load_model(AutoModelForCausalLM, name, **options, **({} if dtype is None else {"dtype": dtype}))
+    return model, open_tokenizer(name, **options)
 
 
 def load_config(

@@ -2,6 +2,7 @@
 
 import functools
 import statistics
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,9 @@ from pretraining.errors import UserError
 from pretraining.evaluation import harness
 from pretraining.evaluation.harness import load_tasks, metrics_of, run_tasks, sources_of
 from pretraining.evaluation.harness_model import TreeLM
+from pretraining.evaluation.hellaswag_items import hellaswag_source
+from pretraining.publishing.model_card import RunRecord
+from pretraining.records.metrics import is_of_hellaswag
 from pretraining.records.task_results import TaskSource, task_results
 from pretraining.tokenization.tokenizer import train_tokenizer
 
@@ -158,6 +162,20 @@ def test_the_script_refuses_them_too(folder, lm, tmp_path, refuse):
     lm.tokenizer.save_pretrained(tmp_path)
     *_, line = refuse(eval_harness, "--model_name_or_path", tmp_path, "--tasks", folder / "unlimited.yaml")
     assert line.endswith("but the model has only 256 positions: leave it out")
+
+
+def test_the_harness_s_hellaswag_is_not_taken_for_that_of_hellaswag_steps():
+    """Both have the same keys."""
+    ours, theirs = {"hellaswag_acc": 0.3, "hellaswag_n": 10}, {"hellaswag_acc": 0.2, "hellaswag_n": 10}
+    theirs |= {"eval_tasks_n": 10}
+    assert is_of_hellaswag(ours) and not is_of_hellaswag(theirs)
+    own_source = hellaswag_source("Rowan/hellaswag", None, 10, "completion", is_whole=True)
+    source = replace(own_source, setting="0-shot, lm-evaluation-harness", details={"task": "hellaswag"})
+    empty = dict.fromkeys(field.name for field in fields(RunRecord))
+    record = RunRecord(**{**empty, "tasks": theirs, "task_sources": [source]})
+    assert record.hellaswag_results() == [] and [each.value for each in record.task_results()] == [0.2]
+    record = RunRecord(**{**empty, "hellaswag": ours, "task_sources": [own_source]})
+    assert record.task_results() == [] and [each.value for each in record.hellaswag_results()] == [0.3]
 
 
 def test_results_on_another_number_of_items_are_left_out():

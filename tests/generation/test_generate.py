@@ -1,10 +1,12 @@
 """generate.py: the texts of transformers' `generate`, from prompts of all kinds, and in a session at a terminal."""
 
+import contextlib
 import gc
 import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,9 +19,11 @@ from conftest import REPOSITORY, run, script, succeed
 from support import processes
 from support.generated_items import TEXT
 from support.tiny_models import tiny_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, set_seed
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, set_seed
 
 import generate
+from pretraining.cli import run_script
+from pretraining.errors import UserError
 from pretraining.tokenization.tokenizer import train_tokenizer
 
 POSITIONS = 64
@@ -197,12 +201,24 @@ def test_prompts_come_from_files_and_standard_input(folder, tmp_path, write, mon
 
 def test_mistakes_are_told_in_one_line_each(folder, tmp_path, refuse, monkeypatch):
     flags = ("--prompt", "x", "--prompt_file", "y", "--temperature", -1, "--top_p", 0, "--top_k", -1)
-    flags += ("--num_beams", 2, "--num_return_sequences", 3, "--stop_strings", "", "--output_file", tmp_path)
+    flags += (
+        "--seed",
+        1 << 32,
+        "--num_beams",
+        2,
+        "--num_return_sequences",
+        3,
+        "--stop_strings",
+        "",
+        "--output_file",
+        tmp_path,
+    )
     lines = refuse(generate, *flags)
     assert [line.split(": ")[2].split()[0] for line in lines] == [
         "--model_name_or_path",
         "--prompt",
         "--top_k",
+        "--seed",
         "--temperature",
         "--top_p",
         "--stop_strings",
@@ -258,6 +274,42 @@ def test_what_is_written_before_an_interrupt_is_kept(tmp_path):
     assert result.stderr.splitlines()[-1] == "generate.py: interrupted"
 
 
+def test_rotary_frequencies_stay_in_fp32_whatever_the_precision(tmp_path, monkeypatch):
+    config = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", vocab_size=400, **config))
+    model.save_pretrained(tmp_path)
+    train_tokenizer([TEXT], vocab_size=400).save_pretrained(tmp_path)
+    args = generate.GenerateArguments(model_name_or_path=str(tmp_path))
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    model = generate.open_writer(args).model
+    assert (model.dtype, model.model.rotary_emb.inv_freq.dtype) == (torch.bfloat16, torch.float32)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
+    with pytest.raises(UserError, match="texts cannot be written in fp8"):
+        generate.open_writer(args)
+
+
+def test_padding_is_a_token_that_the_model_has(folder, tmp_path, write):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]", "additional_special_tokens": ["<|stop|>"]})
+    shutil.copytree(folder, tmp_path / "padded")
+    tokenizer.save_pretrained(tmp_path / "padded")
+    assert tokenizer.pad_token_id == 400
+    lines = write("--prompt", *PROMPTS, "--max_new_tokens", 5, model=tmp_path / "padded")
+    assert [line["prompt"] for line in lines] == PROMPTS
+
+
+def test_a_broken_pipe_of_something_else_is_an_error():
+    def main() -> None:
+        raise BrokenPipeError(32, "of a socket")
+
+    with (
+        open(os.devnull, "w") as output,
+        contextlib.redirect_stdout(output),
+        pytest.raises(BrokenPipeError, match="of a socket"),
+    ):
+        run_script(main)
+
+
 def test_who_reads_the_output_may_stop(folder):
     words = [sys.executable, str(REPOSITORY / "generate.py"), "--model_name_or_path", str(folder), "--prompt", "def "]
     reader, writer = os.pipe()
@@ -277,7 +329,9 @@ def test_a_session_at_a_terminal(tmp_path):
     for typed, answer in (
         ("/help", "/set temperature 0.5"),
         ("/set top_q 1", "there is no setting 'top_q', did you mean top_p?"),
-        ("/set top_k x", "top_k cannot be 'x': it is a number"),
+        ("/set top_k 0.5", "top_k must be a whole number, got '0.5'"),
+        ("/set top_k 3", "3"),
+        ("/set top_k none", "none"),
         ("/set temperature -1", "temperature must be a finite number of at least 0, got -1.0"),
         ("/set temperature", "a setting has a name and a value: /set temperature 0.5"),
         ("/sing", "there is no /sing: /help shows what there is"),

@@ -863,11 +863,36 @@ def test_a_push_that_broke_off_between_branch_and_main_is_noticed_and_completed(
         assert status == 0 and notice not in output
 
 
-def test_without_the_branch_nothing_is_converted(run_dir, use_hub, publish):
+def test_without_the_branch_nothing_is_converted(run_dir, use_hub, publish, monkeypatch):
+    monkeypatch.delattr("pretraining.publishing.push.stock_form")
     with Hub(token=TOKEN) as hub:
         use_hub(hub)
         command = ("--model_name_or_path", run_dir, "--push_to_hub", "--hub_model_id", "us/model")
         assert publish(*command, "--stock_branch", "false")[0] == 0
         assert set(hub.repositories["model", "us/model"].branches) == {"main"}
         assert 'revision="gpt2"' not in hub.files("us/model", "model")["README.md"].decode()
-    assert not list(run_dir.glob("gpt2*"))
+
+
+def test_what_somebody_else_put_on_the_branch_stays(run_dir, use_hub, publish):
+    with Hub(token=TOKEN) as hub:
+        use_hub(hub)
+        hub.add("us/model", {"theirs.txt": b"of main"}, "model")
+        huggingface_hub.HfApi().create_branch("us/model", branch="gpt2")
+        huggingface_hub.HfApi().upload_file(
+            path_or_fileobj=b"mine", path_in_repo="mine.txt", repo_id="us/model", revision="gpt2"
+        )
+        assert publish("--model_name_or_path", run_dir, "--push_to_hub", "--hub_model_id", "us/model")[0] == 0
+        files = hub.files("us/model", "model", "gpt2")
+    assert files["mine.txt"] == b"mine" and "theirs.txt" not in files and set(files) >= STOCK_FILES
+
+
+def test_a_stock_form_that_cannot_be_written_is_an_error_in_one_line(run_dir, use_hub, publish, monkeypatch):
+    def full(*_) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pretraining.publishing.stock_branch.write_stock", full)
+    with Hub(token=TOKEN) as hub:
+        use_hub(hub)
+        status, _, errors = publish("--model_name_or_path", run_dir, "--push_to_hub", "--hub_model_id", "us/model")
+    assert status == 2 and errors.count("\n") == 1
+    assert "No space left on device (--stock_branch false leaves it out)" in errors
